@@ -1,0 +1,394 @@
+"""What the five scripts share: rows of data, tokenization, log-prob helpers, the reward model. Nothing else.
+
+Shapes: B completions, P prompt tokens (padded on the left), T completion tokens (padded on the right).
+A user's mistake ends in one line on stderr and exit code 2; see `fail`.
+"""
+import gzip
+import importlib.util
+import json
+import math
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+
+def fail(message: str):
+    """Ends the program with one line: what is wrong (file, row or flag) and what to do about it."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- rows of data
+
+def read_rows(path: str) -> list[tuple[str, dict]]:
+    """[(where, row)] of a JSON-lines file (`.gz` too), or of a hub data set `owner/name[:config][:split]`.
+
+    `where` names the row for messages. Blank lines are not rows; anything else that is no JSON object fails.
+    """
+    if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", path):
+        if not Path(path).parent.exists() and importlib.util.find_spec("datasets"):
+            from datasets import load_dataset
+            name, *config, split = path.split(":") if ":" in path else (path, "train")
+            try:
+                return [(f"{path}[{i}]", row) for i, row in enumerate(load_dataset(name, *config, split=split))]
+            except Exception as error:  # the hub's own words say best what is wrong
+                fail(f"{path}: not read from the hub: {first_line(error)}")
+        fail(f"{path}: no such file (for a data set of the hub: pip install 'plain-rlhf[hub]')")
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        fail(f"{path}: cannot be read as text: {error}")
+    rows = []
+    for where, line in lines:
+        try:
+            rows.append((where, json.loads(line)))
+        except json.JSONDecodeError as error:
+            fail(f"{where}: not JSON: {error} (one JSON object a line is expected)")
+        if not isinstance(rows[-1][1], dict):
+            fail(f"{where}: a JSON object is expected, not {line.strip()[:40]}")
+    if not rows:
+        fail(f"{path}: holds no rows")
+    return rows
+
+
+def is_conversation(value) -> bool:
+    return (isinstance(value, list) and len(value) > 0 and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value))
+
+
+def read_prompts(path: str, column: str = "prompt") -> list[dict]:
+    """Rows with their `prompt`, a text or chat messages, and all their other columns.
+
+    Rows of pairs that hold the prompt inside `chosen` and `rejected` give that prompt.
+    """
+    rows = []
+    for where, row in read_rows(path):
+        if column in row:
+            prompt = row[column]
+        elif "chosen" in row and "rejected" in row:
+            prompt = split_pair(where, row["chosen"], row["rejected"])[0]
+        else:
+            fail(f"{where}: no column {column!r}, only {', '.join(row)}: name yours with --prompt-column")
+        if not (isinstance(prompt, str) and prompt.strip() or is_conversation(prompt)):
+            fail(f"{where}: {column!r} must be a text or a list of messages (role, content), and not empty")
+        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+            fail(f"{where}: the prompt ends with the assistant's turn: there is nothing to answer")
+        rows.append({**row, "prompt": prompt})
+    return rows
+
+
+def read_pairs(path: str, column: str = "prompt") -> list[dict]:
+    """Rows with `prompt` (text or messages), `chosen` and `rejected` (texts), and all their other columns."""
+    rows = []
+    for where, row in read_rows(path):
+        if "chosen" not in row or "rejected" not in row:
+            fail(f"{where}: pairs need the columns 'chosen' and 'rejected', not only {', '.join(row)}")
+        prompt, chosen, rejected = row.get(column), row["chosen"], row["rejected"]
+        if prompt is None or is_conversation(chosen) and len(chosen) > 1:
+            prompt, chosen, rejected = split_pair(where, chosen, rejected)
+        chosen, rejected = (c[0]["content"] if is_conversation(c) else c for c in (chosen, rejected))
+        if not (isinstance(prompt, str) and prompt.strip() or is_conversation(prompt)):
+            fail(f"{where}: {column!r} must be a text or a list of messages (role, content), and not empty")
+        if not (isinstance(chosen, str) and isinstance(rejected, str)):
+            fail(f"{where}: 'chosen' and 'rejected' must be texts or lists of messages")
+        rows.append({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def split_pair(where: str, chosen, rejected) -> tuple:
+    """(prompt, chosen answer, rejected answer) of a pair that holds the prompt inside both, at the common prefix.
+
+    Message lists and `\\n\\nHuman: … \\n\\nAssistant: …` transcripts are cut at the last turn that starts inside
+    the common prefix, other texts at its last space.
+    """
+    if is_conversation(chosen) and is_conversation(rejected):
+        same = 0
+        while same < min(len(chosen), len(rejected)) - 1 and chosen[same] == rejected[same]:
+            same += 1
+        if same == 0 or len(chosen) != same + 1 or len(rejected) != same + 1:
+            fail(f"{where}: chosen and rejected must be the same messages up to their last")
+        return chosen[:same], chosen[same]["content"], rejected[same]["content"]
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        fail(f"{where}: 'chosen' and 'rejected' must be both texts, or both lists of messages")
+    same = 0
+    while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+        same += 1
+    turn = chosen.rfind("\n\nAssistant:", 0, same)
+    cut = turn + len("\n\nAssistant:") if turn >= 0 else chosen.rfind(" ", 0, same)
+    if cut <= 0:
+        fail(f"{where}: no 'prompt', and chosen and rejected have no beginning in common")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+# --- tokenization
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model folder or hub id, with some pad token: batches are told by masks, never by it."""
+    check_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        fail(f"{name}: no tokenizer loads from it: {first_line(error)}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def as_messages(prompt) -> list[dict]:
+    """Chat messages of a prompt: itself, the turns of a `\\n\\nHuman: …` transcript, or a text as the user's turn."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not prompt.startswith("\n\nHuman:"):
+        return [{"role": "user", "content": prompt}]
+    turns = re.split(r"\n\n(Human|Assistant):", prompt)[1:]
+    role = {"Human": "user", "Assistant": "assistant"}
+    messages = [{"role": role[a], "content": b.strip()} for a, b in zip(turns[::2], turns[1::2])]
+    return messages if messages[-1]["content"] else messages[:-1]
+
+
+def render(tokenizer, prompt, completion: str | None = None) -> str:
+    """The conversation as the model reads it, by the tokenizer's chat template; with no completion, up to the
+    point where the assistant is to speak. Without a template, texts follow one another as they are."""
+    if tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            fail(f"{tokenizer.name_or_path}: has no chat template, so prompts must be texts, not messages")
+        if completion is None:
+            return prompt
+        text, end = prompt + completion, tokenizer.eos_token or ""
+        return text if text.endswith(end) else text + end
+    messages = as_messages(prompt)
+    if completion is not None:
+        messages = messages + [{"role": "assistant", "content": completion.strip()}]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=completion is None)
+    except Exception as error:  # templates raise what they like, for instance on roles that do not alternate
+        fail(f"{tokenizer.name_or_path}: its chat template refuses the prompt {str(prompt)[:60]!r}: "
+             f"{first_line(error)}")
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of rendered conversations; a chat template has written the special tokens already."""
+    return tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+
+
+def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest: int = 0):
+    """(rows, their prompts' token ids), without the rows longer than `longest` tokens (0: without none), which are
+    counted aloud. A prompt that leaves no `room` in the model's context for an answer fails."""
+    prompts = encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows])
+    kept = [i for i, ids in enumerate(prompts) if len(ids) <= (longest or math.inf)]
+    if len(kept) < len(rows):
+        print(f"{path}: left out {len(rows) - len(kept)} of {len(rows)} rows: longer than {longest} tokens")
+    if not kept:
+        fail(f"{path}: no row has a prompt of at most {longest} tokens: raise --max-prompt-tokens")
+    for i in kept:
+        if not 0 < len(prompts[i]) <= room:
+            fail(f"{path}: row {i + 1}: its prompt has {len(prompts[i])} tokens, and the model's context has room "
+                 f"for {room} before an answer: lower --max-new-tokens, or leave it out by --max-prompt-tokens")
+    return [rows[i] for i in kept], [prompts[i] for i in kept]
+
+
+def context_of(model) -> float:
+    """The most tokens that the model reads at once."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def pad(rows: list[list[int]], pad_id: int, side: str, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their mask, (B, longest) int64 each, padded on the `left` (prompts) or the `right`."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = torch.tensor(row, dtype=torch.long), 1
+    return ids.to(device), mask.to(device)
+
+
+# --- models
+
+def check_model(name: str):
+    """Fails with one line where `name` is no model folder and cannot be a hub id."""
+    if not Path(name).is_dir() and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+                                    or Path(name).parts[0] in ("tiny", "runs") or Path(name).exists()):
+        fail(f"{name}: no such model folder")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        fail(f"{name}: no model: the folder has no config.json")
+
+
+def load_model(auto_class, name: str, device, **config_changes):
+    """A model in float32 (safetensors only), with dropout off, and the names of the weights it came without."""
+    check_model(name)
+    try:
+        config = AutoConfig.from_pretrained(name, **config_changes)
+        for key, value in vars(config).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)  # not by eval(): gradient checkpointing works in train mode alone
+        model, loading = auto_class.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    except Exception as error:
+        fail(f"{name}: no {auto_class.__name__.removeprefix('AutoModelFor')} model loads from it: "
+             f"{first_line(error)}")
+    return model.to(device), loading["missing_keys"]
+
+
+# --- log-prob helpers
+
+def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
+    """log pi(token | prompt, tokens before it) and the policy's entropy at each completion token, in nats.
+
+    prompt_ids, prompt_mask (B, P); completion_ids, mask (B, T). Returns two float32 (B, T), 0 where mask is 0;
+    the entropy is detached. Padding that all rows share is trimmed, positions are counted from each row's first
+    token, so that padding changes nothing, and logits exist for the completion's tokens only.
+    """
+    width = completion_ids.shape[1]
+    P, T = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+    completion_ids, mask = completion_ids[:, :T], mask[:, :T]
+    ids = torch.cat([prompt_ids[:, prompt_ids.shape[1] - P:], completion_ids], 1)  # (B, P + T)
+    attention = torch.cat([prompt_mask[:, prompt_mask.shape[1] - P:], mask], 1)  # (B, P + T)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False,
+                   logits_to_keep=T + 1).logits[:, :-1]  # (B, T, V): the logits at t - 1 predict token t
+    log_softmax = (logits.float() / temperature).log_softmax(-1)
+    logprobs = log_softmax.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1) * mask
+    with torch.no_grad():
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1) * mask
+    return F.pad(logprobs, (0, width - T)), F.pad(entropy, (0, width - T))
+
+
+def micro_batches(lengths: torch.Tensor, size: int, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Row numbers in groups of at most `size`, the longest first: alike rows share their padding, and what does
+    not fit in memory fails at once. lengths (B,); rows: some of 0..B-1, or all."""
+    rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
+    return list(rows[lengths[rows].argsort(descending=True, stable=True)].split(size))
+
+
+def kl_estimate(logprobs, ref_logprobs, kind: str = "k1"):
+    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, (B, T) nats.
+
+    With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"), as a VALUE:
+      k1 = d                  unbiased, high variance, may be negative
+      k2 = d^2 / 2            biased (second order in the distance), low variance, never negative
+      k3 = exp(-d) - 1 + d    unbiased, low variance near d = 0, never negative
+    As a LOSS, where the gradient is of the estimate with the sampled tokens held fixed, its expectation is
+      k1: zero (E[grad log pi] = 0): never put k1 in a loss
+      k2: grad KL(policy || reference), the gradient that k1 in the reward has
+      k3: grad KL(reference || policy), the reversed KL; times the ratio pi / pi_old: grad KL(policy || reference)
+    """
+    d = logprobs - ref_logprobs
+    if kind == "k1":
+        return d
+    return d.square() / 2 if kind == "k2" else torch.expm1(-d) + d
+
+
+def masked_mean(values, mask, dim=None):
+    """Mean over the entries whose mask is 1, over all or along `dim`; 0 where there are none."""
+    if dim is None:
+        return (values * mask).sum() / mask.sum().clamp(min=1)
+    return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def masked_whiten(values, mask, shift_mean: bool = True):
+    """Values scaled to variance 1 (and mean 0 with `shift_mean`) over the entries whose mask is 1, 0 elsewhere."""
+    mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean).square(), mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean) * mask
+
+
+# --- the reward model
+
+def score_texts(model, tokenizer, texts: list[str], micro_batch_size: int) -> torch.Tensor:
+    """(B,) float32 scores of rendered conversations, by a one-label sequence-classification model.
+
+    The head is read at the last token that is not padding, as transformers does. `reward_bias` in the model's
+    config (these heads have no bias of their own) is added.
+    """
+    rows = encode(tokenizer, texts)
+    longest = max(map(len, rows))
+    if longest > context_of(model):
+        fail(f"{tokenizer.name_or_path}: a conversation of {longest} tokens is longer than the reward model's "
+             f"context of {context_of(model)}: lower --max-new-tokens, or leave out long prompts")
+    device, scores = next(model.parameters()).device, torch.zeros(len(rows))
+    for part in micro_batches(torch.tensor([len(row) for row in rows]), micro_batch_size):
+        ids, mask = pad([rows[i] for i in part], model.config.get_text_config().pad_token_id, "right", device)
+        scores = scores.to(device)
+        scores[part.to(device)] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
+    return scores + getattr(model.config, "reward_bias", 0.0)
+
+
+def load_reward(name: str, device, micro_batch_size: int):
+    """reward(rows, completions) -> (B,) float32, nan where a row is left out: of a reward model, or a function.
+
+    name: a folder or hub id of a one-label sequence-classification model, which is scored through text, with its
+    own tokenizer and chat template; or `file.py:function`, called with `prompts`, `completions` and the other
+    columns of the rows, as TRL calls it: for a prompt of messages the completion is a list of one message.
+    """
+    if re.search(r"\.py:\w+$", name):
+        function = load_function(name)
+
+        def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
+            columns = {k: [row.get(k) for row in rows] for k in dict.fromkeys(k for row in rows for k in row)}
+            prompts = columns.pop("prompt")
+            answers = [c if isinstance(p, str) else [{"role": "assistant", "content": c}]
+                       for p, c in zip(prompts, completions)]
+            try:
+                values = function(prompts=prompts, completions=answers, **columns)
+            except Exception as error:
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                fail(f"{name}: raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+            try:
+                values = [float("nan") if v is None else finite(v) for v in values]
+            except (TypeError, ValueError):
+                fail(f"{name}: must return a list of finite numbers (None leaves a row out), "
+                     f"not {str(values)[:60]}")
+            if len(values) != len(rows):
+                fail(f"{name}: returned {len(values)} rewards for {len(rows)} completions")
+            return torch.tensor(values, dtype=torch.float32, device=device)
+        return reward
+
+    tokenizer = load_tokenizer(name)
+    model, missing = load_model(AutoModelForSequenceClassification, name, device)
+    if model.config.num_labels != 1 or missing:
+        fail(f"{name}: not a reward model: it has {model.config.num_labels} labels"
+             + (f" and no weights for {', '.join(sorted(missing))}" if missing else "") + ", one label is needed")
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+    @torch.no_grad()
+    def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
+        texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
+        return score_texts(model, tokenizer, texts, micro_batch_size)
+    return reward
+
+
+def finite(value) -> float:
+    if not math.isfinite(value):
+        raise ValueError
+    return float(value)
+
+
+def load_function(name: str):
+    """The function of `file.py:function`."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        fail(f"{path}: no such file")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"{path}: cannot be imported: {type(error).__name__}: {first_line(error)}")
+    if not callable(getattr(module, function, None)):
+        fail(f"{path}: has no function {function!r}")
+    return getattr(module, function)

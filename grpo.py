@@ -1,0 +1,525 @@
+"""Group relative policy optimisation, GRPO (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
+
+Samples a group of completions of each prompt, scores them, and takes as the advantage of each how
+much better it is than its group: there is no critic. Over prompts x, completions y, tokens t:
+
+    maximise   E[ mean over t of  min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) ]
+               - beta * KL(policy || reference)
+    A     = (r - mean of the group's r) / std of the group's r     one number for all tokens of y
+    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 on a rollout's first update
+
+Where this differs from the paper:
+ 1. The reference is the initial policy throughout: no outer loop renews it or the reward model.
+ 2. The standard deviation is the sample's (G - 1), plus 1e-4 so that a flat group stays at 0.
+ 3. Outcome rewards only, no process rewards.
+The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Two of the
+paper's choices lead elsewhere than to the optimum of E[r] - beta * KL: the KL in the loss, and the
+division by the standard deviation. `--kl-in reward --scale-rewards none --loss-type dr_grpo` leads
+there; README.md, "Where it converges", has by how much each misses, and why.
+Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic of each token.
+
+    python grpo.py                                     the tiny world: a minute on a laptop
+    python grpo.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
+
+Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without the
+first is reward hacking; `kl`: how far the policy went for it; `flat_*`: prompts that teach nothing.
+"""
+import dataclasses
+import inspect
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, get_scheduler,
+                          logging)
+
+from common import (completion_logprobs, context_of, encode_prompts, fail, kl_estimate, load_model,
+                    load_reward, load_tokenizer, masked_mean, micro_batches, pad, read_prompts)
+
+
+# --- arguments
+
+@dataclass
+class Args:
+    model: str = "tiny/policy"
+    """the policy to start from, and the reference: a causal LM's folder or hub id"""
+    reward: str = "tiny/reward_model"
+    """a one-label reward model's folder or hub id, or file.py:function"""
+    gold: str = ""
+    """what evaluation scores beside it and training never sees, likewise (tiny world: its gold reward)"""
+    data: str = "tiny/prompts.jsonl"
+    """rows of prompts: a .jsonl or .jsonl.gz file, or a hub data set owner/name[:config][:split]"""
+    eval_data: str = ""
+    """held-out rows (tiny world: its own; otherwise the last --eval-prompts rows of --data, held out)"""
+    prompt_column: str = "prompt"
+    """the column that holds the prompt: a text, or chat messages"""
+    run_dir: str = ""
+    """a new folder for metrics, samples and the trained model (runs/grpo-DATE-TIME)"""
+    seed: int = 0
+
+    steps: int = 40
+    """rollouts to train for (real models: 200 to 2000)"""
+    prompts_per_step: int = 16
+    """prompts a rollout (128 to 512)"""
+    group_size: int = 16
+    """completions of each prompt (8 to 64)"""
+    max_new_tokens: int = 48
+    """longest completion, in tokens (256 to 8192)"""
+    max_prompt_tokens: int = 0
+    """leave out rows with longer prompts, and count them (0: a prompt too long for the model is an error)"""
+    temperature: float = 1.0
+    """of sampling and of the log-probs alike (0.7 to 1.0)"""
+    top_p: float = 1.0
+    """nucleus sampling; below 1 the log-probs are those of another distribution than was sampled from"""
+    truncated: Literal["keep", "mask", "penalise"] = "keep"
+    """completions cut at --max-new-tokens: as they are; out of the loss; or less --truncation-penalty"""
+    truncation_penalty: float = 1.0
+    """in units of reward"""
+
+    beta: float = 0.04
+    """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded)"""
+    lr: float = 2e-3
+    """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up, for the rest of the updates"""
+    warmup: int = 0
+    """updates of linear warm-up (0 to 20)"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    epochs: int = 1
+    """passes over a rollout (1 to 4)"""
+    minibatches: int = 1
+    """updates a pass (1 to 16); the rollout's completions are dealt out to them at random"""
+    micro_batch_size: int = 128
+    """completions per forward and backward pass; sets the memory used, changes no result (1 to 64)"""
+    generate_batch_size: int = 512
+    """completions sampled at a time; sets the memory used"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32 elsewhere"""
+    device: str = "auto"
+    """auto: a GPU where there is one"""
+
+    log_every: int = 5
+    """steps between printed lines"""
+    eval_every: int = 20
+    """steps between evaluations; there is one before the first step and one after the last (0: none)"""
+    eval_prompts: int = 128
+    """held-out prompts, one completion each"""
+
+    # the algorithm's own
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """what the advantages are divided by: the group's std, the batch's (arXiv:2508.08221), or nothing"""
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    """see policy_loss and token_weights"""
+    clip_low: float = 0.2
+    """the ratio is clipped below at 1 - this (gspo: 3e-4; cispo: 1 for no bound)"""
+    clip_high: float = 0.2
+    """the ratio is clipped above at 1 + this (dapo: 0.28; gspo: 4e-4; cispo: 1 to 5)"""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """KL per token in the loss (the paper), or per completion off the reward, before the advantages"""
+    kl_loss: Literal["k3", "k3_ratio", "k2"] = "k3"
+    """the estimator in the loss: the paper's, times the ratio (DeepSeek-V3.2), or half the squared log"""
+
+
+# --- the algorithm
+
+def group_advantages(rewards, group_size: int, scale: str = "group"):
+    """How much better than its group each completion is (DeepSeekMath, eq. 3 and section 4.1.2).
+
+    rewards (B,): groups follow one another; nan leaves a completion out, and gets advantage 0.
+    scale: divide by the `group`'s standard deviation, the `batch`'s (Liu et al. 2025,
+    arXiv:2508.08221), or by `none` (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
+    """
+    def std(r):  # (N, K) -> (N, 1): the sample's, without nan
+        valid = ~r.isnan()
+        mean = r.nanmean(1, keepdim=True)
+        squares = (r - mean).square().nansum(1, keepdim=True)
+        return (squares / (valid.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
+
+    groups = rewards.view(-1, group_size)  # (prompts, G)
+    advantages = groups - groups.nanmean(1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (std(groups) + 1e-4)
+    elif scale == "batch":
+        advantages = advantages / (std(rewards.view(1, -1)) + 1e-4)
+    return advantages.nan_to_num(0.0).view(-1)  # (B,)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str,
+                clip_low: float, clip_high: float):
+    """The loss of each token, and whether it is clipped below or above: three (B, T).
+
+    logprobs, old_logprobs, mask (B, T), advantages (B,).
+    grpo, bnpo, dapo, dr_grpo: PPO's clipped ratio (Schulman et al. 2017, arXiv:1707.06347, eq. 7);
+        they differ in token_weights. dapo asks for clip_high > clip_low (arXiv:2503.14476, eq. 8).
+    gspo: one ratio a completion, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5, 7).
+    cispo: the clipped ratio as a weight on the log-prob, so that clipped tokens still learn
+        (MiniMax-M1, arXiv:2506.13585, eq. 4, 5).
+    """
+    A = advantages[:, None]
+    log_ratio = logprobs - old_logprobs
+    if loss_type == "gspo":
+        log_ratio = masked_mean(log_ratio, mask, 1)[:, None].expand_as(mask)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    if loss_type == "cispo":
+        loss = -clipped.detach() * A * logprobs
+        low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    else:
+        loss = -torch.minimum(ratio * A, clipped * A)
+        low, high = (ratio < 1 - clip_low) & (A < 0), (ratio > 1 + clip_high) & (A > 0)
+    return loss, low, high
+
+
+def kl_loss(logprobs, old_logprobs, ref_logprobs, kind: str):
+    """What beta multiplies in the loss, per token (B, T); see common.kl_estimate for its gradient.
+
+    k3: DeepSeekMath, eq. 4. k3_ratio: DeepSeek-V3.2 (arXiv:2512.02556). k2: half the squared log.
+    """
+    if kind == "k3_ratio":
+        return (logprobs - old_logprobs).exp() * kl_estimate(logprobs, ref_logprobs, "k3")
+    return kl_estimate(logprobs, ref_logprobs, kind)
+
+
+def token_weights(mask, loss_type: str, max_new_tokens: int):
+    """What each token counts for in the loss of an update, (B, T), fixed before micro-batching.
+
+    grpo, gspo: the mean over completions of the mean over their tokens (DeepSeekMath, eq. 3).
+    dapo, cispo: the mean over all tokens of the update. DAPO's eq. 8 writes it for one group; as in
+        its authors' code, and elsewhere, a batch of groups has one mean.
+    bnpo: TRL's name for that mean within each micro-batch, so the one that depends on their size.
+    dr_grpo: the sum over tokens, over a constant: completions times the longest (arXiv:2503.20783).
+    """
+    if loss_type in ("grpo", "gspo"):
+        lengths = mask.sum(1, keepdim=True).clamp(min=1)
+        return mask / lengths / (mask.sum(1) > 0).sum().clamp(min=1)
+    if loss_type == "dr_grpo":
+        return mask / (len(mask) * max_new_tokens)
+    return mask / mask.sum().clamp(min=1)
+
+
+# --- sampling
+
+@torch.no_grad()
+def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[int], pad_id: int,
+             generator):
+    """Samples group_size completions of each prompt: completion_ids and mask, two (B, longest).
+
+    prompt_ids, prompt_mask (prompts, P), padded on the left. mask is 1 up to and including the
+    first of the `ends`. A prompt is read once for its group, and a finished row costs nothing more.
+    """
+    model.eval()
+    name = inspect.signature(model.forward).parameters  # transformers renamed past_key_values
+    name = "cache" if "cache" in name else "past_key_values"
+    cache = DynamicCache(config=model.config)
+    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
+    logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
+                   use_cache=True, logits_to_keep=1, **{name: cache}).logits[:, -1]
+    cache.batch_repeat_interleave(group_size)
+    logits = logits.repeat_interleave(group_size, 0)  # (B, V)
+    attention = prompt_mask.repeat_interleave(group_size, 0)  # (B, P), grows by a column a token
+    position = position[:, -1:].repeat_interleave(group_size, 0)  # (B, 1)
+    rows = torch.arange(len(logits), device=logits.device)  # the completions still being written
+    completion_ids = torch.full((len(rows), args.max_new_tokens), pad_id, device=logits.device)
+    mask = torch.zeros_like(completion_ids)
+    ends = torch.tensor(ends, device=logits.device)
+    for t in range(args.max_new_tokens):
+        logits = logits.float() / args.temperature
+        if args.top_p < 1:
+            logits = TopPLogitsWarper(args.top_p)(None, logits)
+        token = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (rows, 1)
+        completion_ids[rows, t] = token[:, 0]
+        mask[rows, t] = 1
+        alive = ~torch.isin(token[:, 0], ends)
+        if t == args.max_new_tokens - 1 or not alive.any():
+            break
+        if not alive.all():
+            rows, token, attention = rows[alive], token[alive], attention[alive]
+            position = position[alive]
+            cache.batch_select_indices(alive.nonzero()[:, 0])
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
+        position = position + 1
+        logits = model(input_ids=token, attention_mask=attention, position_ids=position,
+                       use_cache=True, **{name: cache}).logits[:, -1]
+    return completion_ids, mask
+
+
+def main(args: Args):
+    # --- setup
+    if args.group_size < 2:
+        fail("--group-size: a group of 1 is its own mean, so every advantage is 0: use 2 or more")
+    for flag in ("steps", "eval_every", "warmup", "beta", "max_prompt_tokens"):
+        if getattr(args, flag) < 0:
+            fail(f"--{flag.replace('_', '-')}: must not be negative")
+    for flag in ("prompts_per_step", "max_new_tokens", "temperature", "lr", "epochs", "minibatches",
+                 "micro_batch_size", "generate_batch_size", "log_every", "eval_prompts"):
+        if not getattr(args, flag) > 0:
+            fail(f"--{flag.replace('_', '-')}: must be more than 0")
+    if not 0 < args.top_p <= 1:
+        fail("--top-p: must be more than 0 and at most 1")
+    if args.minibatches > args.prompts_per_step * args.group_size:
+        fail("--minibatches: more than there are completions in a rollout")
+    if args.top_p < 1:
+        print("warning: --top-p < 1 samples from another distribution than the one whose log-probs, "
+              "ratio and KL are computed: they are inexact")
+    run_dir = Path(args.run_dir or f"runs/grpo-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_dir.exists():
+        fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)  # of the samples
+
+    tiny = args.data == Args.data
+    args.eval_data = args.eval_data or ("tiny/heldout.jsonl" if tiny else "")
+    args.gold = args.gold or ("tiny/world.py:gold_reward" if tiny else "")
+    data = read_prompts(args.data, args.prompt_column)
+    if args.eval_data:
+        eval_data = read_prompts(args.eval_data, args.prompt_column)[:args.eval_prompts]
+    else:
+        data, eval_data = data[:-args.eval_prompts], data[-args.eval_prompts:]
+        if not data:
+            fail(f"{args.data}: {len(eval_data)} rows, which --eval-prompts {args.eval_prompts} holds "
+                 "out: lower it, or name --eval-data")
+    tokenizer = load_tokenizer(args.model)
+    policy, missing = load_model(AutoModelForCausalLM, args.model, device)
+    if missing:
+        fail(f"{args.model}: no causal LM: it has no weights for {', '.join(sorted(missing)[:3])}")
+    room = context_of(policy) - args.max_new_tokens
+    data, prompts = encode_prompts(tokenizer, data, args.data, room, args.max_prompt_tokens)
+    eval_data, eval_prompts = encode_prompts(tokenizer, eval_data, args.eval_data or args.data, room,
+                                             args.max_prompt_tokens)
+    ends = policy.generation_config.eos_token_id or []  # one, or a list: chat models end turns by more
+    ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    pad_id = tokenizer.pad_token_id
+    reference = None
+    if args.beta > 0:
+        reference, _ = load_model(AutoModelForCausalLM, args.model, device)
+        reference.eval().requires_grad_(False)
+    reward = load_reward(args.reward, device, args.micro_batch_size)
+    gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    schedule = get_scheduler(
+        "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
+        num_warmup_steps=args.warmup, num_training_steps=args.steps * args.epochs * args.minibatches)
+    one_update = args.epochs * args.minibatches == 1
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+
+    def append(name: str, row: dict):
+        with open(run_dir / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def sample(some_prompts: list[list[int]], group_size: int, generator):
+        """Completions of some prompts: prompt_ids, prompt_mask (B, P), completion_ids, mask (B, T),
+        truncated (B,), and the B texts."""
+        prompt_ids, prompt_mask = pad(some_prompts, pad_id, "left", device)
+        at_once = max(1, args.generate_batch_size // group_size)
+        with autocast:  # one context for all tokens: the weights are cast once
+            parts = [generate(policy, ids, m, args, group_size, ends, pad_id, generator)
+                     for ids, m in zip(prompt_ids.split(at_once), prompt_mask.split(at_once))]
+        mask = torch.cat([m for _, m in parts])
+        lengths = mask.sum(1)  # (B,)
+        mask = mask[:, :lengths.max()]  # (B, T)
+        completion_ids = torch.cat([ids for ids, _ in parts])[:, :lengths.max()]  # (B, T)
+        last = completion_ids.gather(1, lengths[:, None] - 1)[:, 0]
+        truncated = ~torch.isin(last, torch.tensor(ends, device=device))  # (B,)
+        texts = tokenizer.batch_decode(
+            [ids[m.bool()] for ids, m in zip(completion_ids, mask)], skip_special_tokens=True)
+        repeat = [t.repeat_interleave(group_size, 0) for t in (prompt_ids, prompt_mask)]
+        return *repeat, completion_ids, mask, truncated, texts
+
+    first_texts, first_scores = [], None  # the reference's completions, and what judges a win on them
+
+    def evaluate(step: int):
+        """One completion of each held-out prompt, always with the same seed."""
+        nonlocal first_texts, first_scores
+        *ids, mask, truncated, texts = sample(
+            eval_prompts, 1, torch.Generator(device).manual_seed(args.seed))
+        scores = {"reward": reward(eval_data, texts)}  # (B,) each
+        if gold:
+            scores["gold"] = gold(eval_data, texts)
+        if reference is not None:
+            kl = torch.zeros(len(texts), device=device)
+            for rows in micro_batches(ids[1].sum(1) + mask.sum(1), args.micro_batch_size):
+                batch = *(t[rows] for t in ids), mask[rows]
+                with torch.no_grad(), autocast:
+                    kl[rows] = kl_estimate(*(completion_logprobs(m, *batch, args.temperature)[0]
+                                             for m in (policy, reference))).sum(1)
+            scores["kl"] = kl
+        judge = scores["gold" if gold else "reward"]
+        if first_scores is None:
+            first_texts, first_scores = texts, judge
+        wins = torch.where(judge == first_scores, 0.5, (judge > first_scores).float())
+        metrics = {"step": step} | {f"eval_{k}": round(v.nanmean().item(), 4) for k, v in scores.items()}
+        metrics |= {"eval_length": round(mask.sum(1).float().mean().item(), 2),
+                    "eval_win_rate": round(wins.mean().item(), 4)}
+        append("metrics.jsonl", metrics)
+        tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
+        for i, (row, text) in enumerate(zip(eval_data, texts)):
+            values = {k: round(v[i].item(), 4) for k, v in scores.items()}
+            append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
+                                     "reference": first_texts[i], "truncated": bool(truncated[i]), **values})
+            if i < 4:
+                asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+                tqdm.write(f"      {values['reward']:6.2f}  {shorten(asked, 40)} -> {shorten(text, 80)}")
+
+    def numbers_without_end():  # of prompts, each pass over the data in a new order
+        while True:
+            yield from torch.randperm(len(prompts)).tolist()
+
+    numbers = numbers_without_end()
+    interrupted = False
+
+    def finish_step(*_):
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    signal.signal(signal.SIGINT, finish_step)
+    if args.eval_every:
+        evaluate(0)
+    bar = tqdm(range(1, args.steps + 1), disable=None)  # no bar where the output is no terminal
+    for step in bar:
+        start = time.time()
+
+        # --- 1. generate
+        batch = [next(numbers) for _ in range(args.prompts_per_step)]
+        prompt_ids, prompt_mask, completion_ids, mask, truncated, texts = sample(
+            [prompts[i] for i in batch], args.group_size, generator)  # (B, P) x 2, (B, T) x 2, (B,)
+        lengths = prompt_mask.sum(1) + mask.sum(1)  # (B,) tokens, prompt and completion
+
+        # --- 2. score
+        scores = reward([data[i] for i in batch for _ in range(args.group_size)], texts)  # (B,)
+        if scores.isnan().all():
+            fail(f"--reward {args.reward}: left out every completion of step {step}")
+        rewards = scores.clone()
+        if args.truncated == "penalise":
+            rewards -= args.truncation_penalty * truncated
+        learn = ~rewards.isnan()  # (B,) a completion without a score, or masked, has no say in the loss
+        if args.truncated == "mask":
+            learn &= ~truncated
+        loss_mask = mask * learn[:, None]  # (B, T); it stays in the group's mean, and in attention
+
+        # --- 3. kl
+        old_logprobs = torch.zeros(mask.shape, device=device)  # (B, T)
+        ref_logprobs, entropy = old_logprobs.clone(), old_logprobs.clone()  # (B, T)
+        for rows in micro_batches(lengths, args.micro_batch_size):
+            ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
+            with torch.no_grad(), autocast:
+                if reference is not None:
+                    ref_logprobs[rows], _ = completion_logprobs(reference, *ids, args.temperature)
+                if not one_update or args.kl_in == "reward":
+                    old_logprobs[rows], entropy[rows] = completion_logprobs(
+                        policy, *ids, args.temperature)
+
+        # --- 4. advantages
+        if args.beta > 0 and args.kl_in == "reward":
+            kl = kl_estimate(old_logprobs, ref_logprobs).sum(1)  # (B,)
+            rewards = rewards - args.beta * kl
+        advantages = group_advantages(rewards, args.group_size, args.scale_rewards)  # (B,)
+
+        # --- 5. update
+        policy.train()
+        updates, losses, grad_norms = 0, [], []
+        clip_low = clip_high = 0.0
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(mask), device=device).chunk(args.minibatches):
+                parts = micro_batches(lengths, args.micro_batch_size, minibatch)
+                weights = torch.zeros(mask.shape, device=device)  # (B, T)
+                for rows in parts if args.loss_type == "bnpo" else [minibatch]:
+                    share = len(parts) if args.loss_type == "bnpo" else 1
+                    weights[rows] = token_weights(
+                        loss_mask[rows], args.loss_type, args.max_new_tokens) / share
+                loss_sum = 0.0
+                for rows in parts:
+                    ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
+                    with autocast:
+                        logprobs, entropy_now = completion_logprobs(policy, *ids, args.temperature)
+                    if updates == 0:  # the policy is still the one that sampled: the ratio is 1
+                        old_logprobs[rows], entropy[rows] = logprobs.detach(), entropy_now
+                    loss, low, high = policy_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], mask[rows], args.loss_type,
+                        args.clip_low, args.clip_high)
+                    if args.beta > 0 and args.kl_in == "loss":
+                        loss = loss + args.beta * kl_loss(
+                            logprobs, old_logprobs[rows], ref_logprobs[rows], args.kl_loss)
+                    loss = (loss * weights[rows]).sum()
+                    loss.backward()
+                    loss_sum += loss.item()
+                    clip_low += (low * loss_mask[rows]).sum().item()
+                    clip_high += (high * loss_mask[rows]).sum().item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                if not torch.isfinite(grad_norm):
+                    fail(f"step {step}: the gradient is not finite; the update was not made. "
+                         "Try a lower --lr, or --dtype float32")
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                updates += 1
+                losses.append(loss_sum)
+                grad_norms.append(grad_norm.item())
+
+        # --- 6. log
+        groups = scores.view(-1, args.group_size)
+        flat = (groups == groups[:, :1]).all(1)  # (prompts,) all alike: nothing to learn from
+        wrong, right = flat & (groups[:, 0] <= 0), flat & (groups[:, 0] == 1)
+        seconds = time.time() - start
+        metrics = {
+            "step": step, "reward": scores.nanmean(), "reward_std": scores[~scores.isnan()].std(),
+            "kl": kl_estimate(old_logprobs, ref_logprobs).sum(1).mean(), "entropy": masked_mean(entropy, mask),
+            "length": mask.sum(1).float().mean(), "truncated": truncated.float().mean(),
+            "loss": sum(losses) / updates, "grad_norm": sum(grad_norms) / updates,
+            "lr": schedule.get_last_lr()[0], "seconds": seconds,
+            "tokens_per_second": mask.sum() / seconds, "left_out": scores.isnan().float().mean(),
+            "flat_wrong": wrong.float().mean(), "flat_right": right.float().mean(),
+            "flat_other": (flat & ~wrong & ~right).float().mean(),
+            "clipped_low": clip_low / (args.epochs * loss_mask.sum().clamp(min=1)),
+            "clipped_high": clip_high / (args.epochs * loss_mask.sum().clamp(min=1))}
+        if reference is None:
+            del metrics["kl"]  # from what is not loaded
+        metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}
+        append("metrics.jsonl", metrics)
+        shown = {k: f"{metrics[k]:.3g}" for k in ("reward", "kl", "length", "seconds") if k in metrics}
+        bar.set_postfix(shown)
+        if step % args.log_every == 0:
+            tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
+            evaluate(step)
+        if interrupted:
+            break
+    policy.save_pretrained(run_dir / "checkpoint")
+    tokenizer.save_pretrained(run_dir / "checkpoint")
+    print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
+          f"the policy is in {run_dir / 'checkpoint'}")
+
+
+def shorten(text: str, width: int) -> str:
+    text = " / ".join(text.split("\n"))
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

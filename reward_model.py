@@ -1,0 +1,204 @@
+"""Reward model by Bradley-Terry (Ouyang et al. 2022, InstructGPT, arXiv:2203.02155; Stiennon et al. 2020).
+
+Learns from pairs of answers, one chosen and one rejected, a score r(x, y) whose differences say how
+likely a person chooses one over the other: P(y_w over y_l) = sigmoid(r(x, y_w) - r(x, y_l)). Hence
+
+    minimise   E[ -log sigmoid(r_w - r_l - margin) ]  +  centering * E[ (r_w + r_l)^2 ]
+
+Differences alone are learned, so the scale's zero is free: it is put where the mean score of the
+reference's own completions is, after training (Stiennon et al. 2020, section 3.4).
+
+Where this differs from InstructGPT:
+ 1. Pairs, not rankings of 4 to 9 answers at once.
+ 2. One epoch by default and any learning rate; the model starts from `--model`, usually the policy.
+Its neighbours: dpo.py learns a policy from the same pairs without this model; ppo.py, grpo.py and
+reinforce.py maximise the score that is learned here.
+
+    python reward_model.py                             the tiny world: under a minute on a laptop
+    python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
+
+Watch: `eval_accuracy` beside what the label noise allows; `eval_ece`: whether its probabilities are
+to be believed; `eval_length_correlation`: a score that is mostly length will be hacked by length.
+"""
+import dataclasses
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler,
+                          logging)
+
+from common import (context_of, encode, encode_prompts, fail, load_model, load_tokenizer,
+                    micro_batches, pad, read_pairs, render, score_texts)
+
+
+# --- arguments
+
+@dataclass
+class Args:
+    model: str = "tiny/policy"
+    """the model to start from: a causal LM's (or reward model's) folder or hub id; its head is made anew"""
+    reference: str = ""
+    """the policy on whose completions the mean score is made zero (empty: --model; none: no bias)"""
+    data: str = "tiny/preferences.jsonl"
+    """rows of pairs: a .jsonl or .jsonl.gz file, or a hub data set owner/name[:config][:split]"""
+    eval_data: str = ""
+    """held-out pairs (empty: the last --eval-pairs rows of --data, held out)"""
+    prompt_column: str = "prompt"
+    """the column that holds the prompt; without it, the prompt is what chosen and rejected begin with"""
+    margin_column: str = ""
+    """a column of how much better the chosen answer is, in units of score (Llama 2, arXiv:2307.09288)"""
+    run_dir: str = ""
+    """a new folder for metrics and the trained model (runs/reward_model-DATE-TIME)"""
+    seed: int = 0
+
+    epochs: int = 1
+    """passes over the pairs (1 to 2: reward models overfit soon)"""
+    pairs_per_step: int = 32
+    """pairs an update (32 to 256)"""
+    max_tokens: int = 0
+    """cut a longer conversation at its beginning, so that the whole answer stays (0: the context)"""
+    lr: float = 1e-3
+    """AdamW's peak learning rate (real models: 1e-6 to 2e-5)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """after the warm-up, for the rest of the updates"""
+    warmup: int = 10
+    """updates of linear warm-up"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    micro_batch_size: int = 64
+    """conversations per forward and backward pass; sets the memory used, changes no result"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32 elsewhere"""
+    device: str = "auto"
+    """auto: a GPU where there is one"""
+
+    log_every: int = 20
+    """steps between printed lines"""
+    eval_every: int = 0
+    """steps between evaluations, besides the one before the first step and the one after the last"""
+    eval_pairs: int = 600
+    """held-out pairs, where --eval-data names none"""
+
+    # the algorithm's own
+    centering: float = 0.0
+    """weight of (r_w + r_l)^2, which keeps scores around zero (0.01; Eisenstein et al. 2023)"""
+    label_smoothing: float = 0.0
+    """the share of labels taken to be wrong (0 to 0.3)"""
+    bias_prompts: int = 128
+    """prompts for whose completions by the reference the mean score is made zero (0: no bias)"""
+    max_new_tokens: int = 48
+    """longest of those completions, in tokens"""
+
+
+# --- the algorithm
+
+def pair_loss(chosen, rejected, margin=0.0, label_smoothing: float = 0.0, centering: float = 0.0):
+    """Bradley-Terry loss of each pair (B,), from the scores of its two answers (B,) each.
+
+    margin (B,) or 0: by how much r_w must exceed r_l to be even (Touvron et al. 2023,
+    arXiv:2307.09288, eq. 2). label_smoothing e: the expected loss where a share e of labels is
+    wrong (Mitchell 2023, cDPO). centering: Eisenstein et al. 2023, arXiv:2312.09244.
+    """
+    z = chosen - rejected - margin
+    loss = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return loss + centering * (chosen + rejected).square()
+
+
+def calibration_error(probability, bins: int = 10) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3) of P(chosen over rejected).
+
+    probability (B,): of the answer that was chosen. The confidence is the larger of p and 1 - p, its
+    prediction is right where p > 1/2; the gap between confidence and accuracy, weighted over bins.
+    """
+    confidence = torch.maximum(probability, 1 - probability)
+    right = (probability > 0.5).float() + 0.5 * (probability == 0.5)
+    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(right[which == b] - confidence[which == b]).sum().abs() for b in range(bins)]
+    return (sum(gaps) / len(probability)).item()
+
+
+def correlation(a, b) -> float:
+    """Pearson's correlation of two (B,); 0 where one of them does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    return ((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).item()
+
+
+def main(args: Args):
+    # --- setup
+    for flag in ("centering", "warmup", "eval_every", "bias_prompts", "max_tokens"):
+        if getattr(args, flag) < 0:
+            fail(f"--{flag.replace('_', '-')}: must not be negative")
+    for flag in ("epochs", "pairs_per_step", "lr", "micro_batch_size", "log_every", "eval_pairs",
+                 "max_new_tokens"):
+        if not getattr(args, flag) > 0:
+            fail(f"--{flag.replace('_', '-')}: must be more than 0")
+    if not 0 <= args.label_smoothing < 0.5:
+        fail("--label-smoothing: must be at least 0 and below 0.5")
+    run_dir = Path(args.run_dir or f"runs/reward_model-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_dir.exists():
+        fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+
+    data = read_pairs(args.data, args.prompt_column)
+    if args.eval_data:
+        eval_data = read_pairs(args.eval_data, args.prompt_column)[:args.eval_pairs]
+    else:
+        data, eval_data = data[:-args.eval_pairs], data[-args.eval_pairs:]
+        if not data:
+            fail(f"{args.data}: {len(eval_data)} rows, which --eval-pairs {args.eval_pairs} holds "
+                 "out: lower it, or name --eval-data")
+    tokenizer = load_tokenizer(args.model)
+    model, missing = load_model(AutoModelForSequenceClassification, args.model, device, num_labels=1)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:  # the head is read before the padding, and
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})  # would be read before the end as well
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    head = list(model.modules())[-1]
+    if missing:  # Stiennon et al. 2020: normal, 1 / sqrt(d + 1), so that scores begin near one
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    longest = min(args.max_tokens or context_of(model), context_of(model))
+
+    def tokenize(rows: list[dict], path: str) -> list[tuple]:
+        """(chosen ids, rejected ids, margin, prompt's length) of each pair."""
+        texts = [[render(tokenizer, row["prompt"], row[side]) for row in rows]
+                 for side in ("chosen", "rejected")]
+        prompt_lengths = map(len, encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows]))
+        pairs, equal, cut = [], 0, 0
+        for row, *sides, P in zip(rows, *(encode(tokenizer, t) for t in texts), prompt_lengths):
+            cut += max(map(len, sides)) > longest
+            # the end of the conversation is kept, the same beginning is lost on both sides
+            lost = max(0, max(map(len, sides)) - longest)
+            sides = [ids[lost:] for ids in sides]
+            if sides[0] == sides[1] or not all(sides):
+                equal += 1
+                continue
+            margin = row.get(args.margin_column, 0.0) if args.margin_column else 0.0
+            pairs.append((*sides, float(margin), P - lost))
+        if equal or cut:
+            print(f"{path}: of {len(rows)} pairs, {cut} cut to {longest} tokens at the beginning, "
+                  f"{equal} left out: their answers are equal")
+        if not pairs:
+            fail(f"{path}: no pair is left to learn from")
+        return pairs

@@ -1,0 +1,113 @@
+"""Rebuilds every file of the tiny world from one seed: python tiny/make.py [--out tiny] [--seed 0]
+
+The data and the tokenizer come out the same on any machine, bit for bit; the weights on the same machine.
+The policy is a small Llama, fine-tuned on good and bad answers; the two reward models are what
+`python reward_model.py` makes of the fair and of the biased labels, starting from that policy.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from common import pad, render  # noqa: E402
+from world import make_data, vocabulary  # noqa: E402
+
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word is a token; a space ends it."""
+    words = {word: i for i, word in enumerate(SPECIAL + vocabulary())}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "removed")
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", unk_token="<|unk|>", eos_token="<|end|>",
+        additional_special_tokens=SPECIAL[3:], chat_template=TEMPLATE, model_max_length=192,
+        clean_up_tokenization_spaces=False)
+
+
+def supervise(tokenizer, rows: list[dict], epochs: int = 3, batch: int = 40) -> LlamaForCausalLM:
+    """Maximum likelihood of the answers, given their prompts."""
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=192, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    print(f"policy: {model.num_parameters():,} parameters")
+    data = []
+    for row in rows:
+        prompt = tokenizer(render(tokenizer, row["prompt"]), add_special_tokens=False).input_ids
+        answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
+        data.append((prompt, answer + [tokenizer.eos_token_id]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    steps = epochs * (len(data) // batch)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=steps)
+    start, batches = time.time(), []
+    for step in range(steps):
+        if not batches:  # an epoch: rows in random order, those of alike length in one batch
+            order = torch.randperm(len(data)).split(batch * 16)
+            order = [sorted(part.tolist(), key=lambda i: len(data[i][0] + data[i][1])) for part in order]
+            batches = [part[i:i + batch] for part in order for i in range(0, len(part), batch)]
+            batches = [batches[i] for i in torch.randperm(len(batches)).tolist()]
+        part = [data[i] for i in batches.pop()]
+        ids, mask = pad([p + a for p, a in part], tokenizer.pad_token_id, "right")
+        labels = ids.masked_fill(mask == 0, -100)
+        for i, (prompt, _) in enumerate(part):
+            labels[i, :len(prompt)] = -100
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0 or step == steps - 1:
+            print(f"supervised step {step}/{steps}  loss {loss.item():.3f}  {time.time() - start:.0f} s")
+    return model
+
+
+def write_rows(path: Path, rows: list[dict]):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["data", "policy", "rewards"], help="make only these files")
+    args = parser.parse_args()
+    root, out = Path(__file__).parent.parent, args.out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    data, tokenizer = make_data(args.seed), make_tokenizer()
+    if args.only in (None, "data"):
+        for name in ("prompts", "heldout", "preferences", "biased_preferences"):
+            write_rows(out / f"{name}.jsonl", data[name])
+    if args.only in (None, "policy"):
+        policy = supervise(tokenizer, data["sft"])
+        policy.to(torch.bfloat16).save_pretrained(out / "policy")
+        tokenizer.save_pretrained(out / "policy")
+    if args.only in (None, "rewards"):
+        for labels, name in (("preferences", "reward_model"), ("biased_preferences", "biased_reward_model")):
+            with tempfile.TemporaryDirectory() as runs:
+                subprocess.run([sys.executable, root / "reward_model.py", "--model", out / "policy", "--data",
+                                out / f"{labels}.jsonl", "--run-dir", f"{runs}/run"], check=True, cwd=root)
+                from transformers import AutoModelForSequenceClassification
+                AutoModelForSequenceClassification.from_pretrained(
+                    f"{runs}/run/checkpoint", dtype=torch.bfloat16).save_pretrained(out / name)
+                tokenizer.save_pretrained(out / name)
+
+
+if __name__ == "__main__":
+    main()
