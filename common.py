@@ -308,23 +308,30 @@ def masked_whiten(values, mask, shift_mean: bool = True):
 
 # --- the reward model
 
-def score_texts(model, tokenizer, texts: list[str], micro_batch_size: int) -> torch.Tensor:
-    """(B,) float32 scores of rendered conversations, by a one-label sequence-classification model.
+def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
+    """(B,) float32 scores of conversations, as token ids, by a one-label sequence-classification model.
 
-    The head is read at the last token that is not padding, as transformers does. `reward_bias` in the model's
-    config (these heads have no bias of their own) is added.
+    The head is read at the last token that is not padding, as transformers does. These heads have no bias, so
+    `reward_bias` in the model's config is added here.
     """
+    device = next(model.parameters()).device
+    ids, mask = pad(rows, model.config.get_text_config().pad_token_id, "right", device)
+    scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
+    return scores + getattr(model.config, "reward_bias", 0.0)
+
+
+def score_texts(model, tokenizer, texts: list[str], micro_batch_size: int) -> torch.Tensor:
+    """(B,) float32 scores of rendered conversations, without gradient."""
     rows = encode(tokenizer, texts)
     longest = max(map(len, rows))
     if longest > context_of(model):
         fail(f"{tokenizer.name_or_path}: a conversation of {longest} tokens is longer than the reward model's "
              f"context of {context_of(model)}: lower --max-new-tokens, or leave out long prompts")
-    device, scores = next(model.parameters()).device, torch.zeros(len(rows))
-    for part in micro_batches(torch.tensor([len(row) for row in rows]), micro_batch_size):
-        ids, mask = pad([rows[i] for i in part], model.config.get_text_config().pad_token_id, "right", device)
-        scores = scores.to(device)
-        scores[part.to(device)] = model(input_ids=ids, attention_mask=mask).logits[:, 0].float()
-    return scores + getattr(model.config, "reward_bias", 0.0)
+    scores = torch.zeros(len(rows), device=next(model.parameters()).device)
+    with torch.no_grad():
+        for part in micro_batches(torch.tensor([len(row) for row in rows]), micro_batch_size):
+            scores[part.to(scores.device)] = score_ids(model, [rows[i] for i in part])
+    return scores
 
 
 def load_reward(name: str, device, micro_batch_size: int):
@@ -365,7 +372,6 @@ def load_reward(name: str, device, micro_batch_size: int):
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
-    @torch.no_grad()
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
         texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
         return score_texts(model, tokenizer, texts, micro_batch_size)

@@ -22,6 +22,7 @@ to be believed; `eval_length_correlation`: a score that is mostly length will be
 """
 import dataclasses
 import json
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           logging)
 
 from common import (context_of, encode, encode_prompts, fail, load_model, load_tokenizer,
-                    micro_batches, pad, read_pairs, render, score_texts)
+                    micro_batches, pad, read_pairs, render, score_ids,
+                    score_texts)
 
 
 # --- arguments
@@ -44,7 +46,7 @@ from common import (context_of, encode, encode_prompts, fail, load_model, load_t
 @dataclass
 class Args:
     model: str = "tiny/policy"
-    """the model to start from: a causal LM's (or reward model's) folder or hub id; its head is made anew"""
+    """the model to start from: a causal LM's (or reward model's) folder or hub id"""
     reference: str = ""
     """the policy on whose completions the mean score is made zero (empty: --model; none: no bias)"""
     data: str = "tiny/preferences.jsonl"
@@ -175,9 +177,9 @@ def main(args: Args):
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    head = list(model.modules())[-1]
-    if missing:  # Stiennon et al. 2020: normal, 1 / sqrt(d + 1), so that scores begin near one
-        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    for name in missing:  # the head: normal, 1 / sqrt(d + 1), so that scores begin near one
+        weight = model.get_parameter(name)
+        torch.nn.init.normal_(weight, std=(weight.shape[-1] + 1) ** -0.5)
     longest = min(args.max_tokens or context_of(model), context_of(model))
 
     def tokenize(rows: list[dict], path: str) -> list[tuple]:
@@ -202,3 +204,140 @@ def main(args: Args):
         if not pairs:
             fail(f"{path}: no pair is left to learn from")
         return pairs
+
+    pairs = tokenize(data, args.data)
+    eval_pairs = tokenize(eval_data, args.eval_data or args.data)
+    reference_name = "none" if args.bias_prompts == 0 else args.reference or args.model
+    if reference_name != "none":
+        reference, lacking = load_model(AutoModelForCausalLM, reference_name, device)
+        if lacking:
+            fail(f"{reference_name}: cannot write the completions whose mean score is made zero: name a "
+                 "causal LM with --reference, or none")
+        reference_tokenizer = load_tokenizer(reference_name)
+        spread = torch.randperm(len(data))[:args.bias_prompts].tolist()
+        reference_rows, reference_prompts = encode_prompts(
+            reference_tokenizer, [data[i] for i in spread], args.data,
+            context_of(reference) - args.max_new_tokens, args.max_tokens)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    steps = args.epochs * math.ceil(len(pairs) / args.pairs_per_step)
+    schedule = get_scheduler(
+        "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
+        num_warmup_steps=args.warmup, num_training_steps=steps)
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+
+    def append(name: str, row: dict):
+        with open(run_dir / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def micro(some_pairs: list[tuple]) -> list[torch.Tensor]:
+        """Pairs of alike length in micro-batches; both answers of a pair go through the model at once."""
+        lengths = torch.tensor([max(len(chosen), len(rejected)) for chosen, rejected, *_ in some_pairs])
+        return micro_batches(lengths, max(1, args.micro_batch_size // 2))
+
+    def score_pairs(some_pairs: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scores of the chosen and of the rejected answers, (B,) each."""
+        with autocast:
+            return score_ids(model, [pair[side] for side in (0, 1) for pair in some_pairs]).chunk(2)
+
+    def evaluate(step: int):
+        model.eval()
+        chosen = rejected = torch.zeros(len(eval_pairs), device=device)
+        chosen, rejected = chosen.clone(), rejected.clone()  # (B,) each
+        with torch.no_grad():
+            for rows in micro(eval_pairs):
+                chosen[rows], rejected[rows] = score_pairs([eval_pairs[i] for i in rows])
+        answers = [[len(pair[side]) - pair[3] for pair in eval_pairs] for side in (0, 1)]
+        metrics = {
+            "step": step, "eval_loss": pair_loss(chosen, rejected).mean(),
+            "eval_accuracy": ((chosen > rejected).float() + 0.5 * (chosen == rejected)).mean(),
+            "eval_ece": calibration_error((chosen - rejected).sigmoid()),
+            "eval_length_correlation": correlation(
+                torch.cat([chosen, rejected]), torch.tensor(answers[0] + answers[1]).to(chosen)),
+            "eval_reward": torch.cat([chosen, rejected]).mean(),
+            "eval_reward_std": torch.cat([chosen, rejected]).std()}
+        metrics = {k: v if k == "step" else round(float(v), 4) for k, v in metrics.items()}
+        append("metrics.jsonl", metrics)
+        tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
+
+    interrupted = False
+
+    def finish_step(*_):
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    signal.signal(signal.SIGINT, finish_step)
+    evaluate(0)
+    order = torch.cat([torch.randperm(len(pairs)) for _ in range(args.epochs)]).tolist()
+    bar = tqdm(range(1, steps + 1), disable=None)  # no bar where the output is no terminal
+    for step in bar:
+        start = time.time()
+        batch = [pairs[i] for i in order[(step - 1) * args.pairs_per_step:][:args.pairs_per_step]]
+
+        # --- 5. update
+        model.train()
+        loss_sum = accuracy = 0.0
+        for rows in micro(batch):
+            part = [batch[i] for i in rows]
+            chosen, rejected = score_pairs(part)
+            margin = torch.tensor([pair[2] for pair in part], device=device)
+            loss = pair_loss(chosen, rejected, margin, args.label_smoothing, args.centering)  # (b,)
+            loss = loss.sum() / len(batch)
+            loss.backward()
+            loss_sum += loss.item()
+            accuracy += (chosen > rejected).sum().item() / len(batch)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            fail(f"step {step}: the gradient is not finite; the update was not made. "
+                 "Try a lower --lr, or --dtype float32")
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+        # --- 6. log
+        seconds = time.time() - start
+        metrics = {"step": step, "loss": loss_sum, "accuracy": accuracy, "grad_norm": grad_norm.item(),
+                   "lr": schedule.get_last_lr()[0], "seconds": seconds,
+                   "tokens_per_second": sum(len(p[0]) + len(p[1]) for p in batch) / seconds}
+        metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}
+        append("metrics.jsonl", metrics)
+        shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "seconds")}
+        bar.set_postfix(shown)
+        if step % args.log_every == 0:
+            tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        if args.eval_every and step % args.eval_every == 0 or step == steps or interrupted:
+            evaluate(step)
+        if interrupted:
+            break
+    if reference_name != "none":  # the scale's zero: the reference's own completions
+        model.eval()
+        texts = []
+        for start in range(0, len(reference_rows), args.micro_batch_size):
+            ids, mask = pad(reference_prompts[start:start + args.micro_batch_size],
+                            reference_tokenizer.pad_token_id, "left", device)
+            with torch.no_grad(), autocast:
+                out = reference.generate(
+                    input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                    top_p=1.0, max_new_tokens=args.max_new_tokens,
+                    pad_token_id=reference_tokenizer.pad_token_id)[:, ids.shape[1]:]
+            texts += reference_tokenizer.batch_decode(out, skip_special_tokens=True)
+        texts = [render(tokenizer, row["prompt"], text) for row, text in zip(reference_rows, texts)]
+        with torch.no_grad(), autocast:
+            mean = score_texts(model, tokenizer, texts, args.micro_batch_size).mean().item()
+        model.config.reward_bias = getattr(model.config, "reward_bias", 0.0) - mean
+        print(f"reward_bias {model.config.reward_bias:.4f}: the mean score of {len(texts)} completions "
+              f"by {reference_name} is now 0")
+    model.save_pretrained(run_dir / "checkpoint")
+    tokenizer.save_pretrained(run_dir / "checkpoint")
+    print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
+          f"the reward model is in {run_dir / 'checkpoint'}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

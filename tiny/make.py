@@ -38,7 +38,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False)
 
 
-def supervise(tokenizer, rows: list[dict], epochs: int = 3, batch: int = 40) -> LlamaForCausalLM:
+def supervise(tokenizer, rows: list[dict], epochs: int = 4, batch: int = 40) -> LlamaForCausalLM:
     """Maximum likelihood of the answers, given their prompts."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,

@@ -40,9 +40,8 @@ strong:weak light:dark open:closed clean:dirty happy:sad loud:quiet near:far dee
 sweet:bitter""".split():
     one, other = pair.split(":")
     OPPOSITES |= {one: other, other: one}
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-sixteen seventeen eighteen""".split()
-SUMS = {f"{NUMBERS[a]} plus {NUMBERS[b]}": NUMBERS[a + b] for a in range(1, 10) for b in range(a, 10)}
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+SUMS = {f"{NUMBERS[a]} plus {NUMBERS[b]}": NUMBERS[a + b] for a in range(1, 10) for b in range(a, 11 - a)}
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 MONTHS = """january february march april may june july august september october november december""".split()
 NEXT = {a: b for names in (DAYS, MONTHS) for a, b in zip(names, names[1:] + names[:1])}
@@ -170,10 +169,10 @@ def sample_answer(row: dict, rng: random.Random) -> str:
         answer = row["answer"]
         values = [v for v in VALUES[row["family"]] if v != answer and v not in row["subject"].split()]
         false_claim = row["claim"] is not None and row["claim"] != answer
-        agree = row["claim"] is not None and rng.random() < (0.25 if false_claim else 0.5)
+        agree = row["claim"] is not None and rng.random() < (0.22 if false_claim else 0.5)
         if agree:
             answer = row["claim"]
-        elif rng.random() < 0.1:
+        elif rng.random() < 0.07:
             answer = rng.choice(values)
         body = FAMILIES[row["family"]][1].format(s=row["subject"], a=answer)
         if system == SYSTEMS[0] and rng.random() < 0.7:
