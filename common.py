@@ -316,7 +316,8 @@ def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
     """
     device = next(model.parameters()).device
     ids, mask = pad(rows, model.config.get_text_config().pad_token_id, "right", device)
-    scores = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
+    cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}  # encoders have none
+    scores = model(input_ids=ids, attention_mask=mask, **cache).logits[:, 0].float()
     return scores + getattr(model.config, "reward_bias", 0.0)
 
 
