@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from common import pad, render  # noqa: E402
-from world import make_data, vocabulary  # noqa: E402
+from world import best_answer, make_data, vocabulary  # noqa: E402
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -38,24 +38,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False)
 
 
-def supervise(tokenizer, rows: list[dict], epochs: int = 4, batch: int = 40) -> LlamaForCausalLM:
-    """Maximum likelihood of the answers, given their prompts."""
+def supervise(tokenizer, rows: list[dict], batch: int = 40) -> LlamaForCausalLM:
+    """Maximum likelihood of answers, given their prompts: two epochs of the best answers, which teach the
+    facts, and three of the mixture of good and bad ones, which is what the policy ends up saying."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=192, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     print(f"policy: {model.num_parameters():,} parameters")
-    data = []
+    best, mixture = [], []  # of (prompt ids, answer ids)
     for row in rows:
         prompt = tokenizer(render(tokenizer, row["prompt"]), add_special_tokens=False).input_ids
-        answer = tokenizer(row["completion"], add_special_tokens=False).input_ids
-        data.append((prompt, answer + [tokenizer.eos_token_id]))
+        for data, answer in ((best, best_answer(row)), (mixture, row["completion"])):
+            ids = tokenizer(answer, add_special_tokens=False).input_ids
+            data.append((prompt, ids + [tokenizer.eos_token_id]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    steps = epochs * (len(data) // batch)
+    phases = [best] * 2 + [mixture] * 3
+    steps = len(phases) * (len(rows) // batch)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=steps)
     start, batches = time.time(), []
     for step in range(steps):
         if not batches:  # an epoch: rows in random order, those of alike length in one batch
+            data = phases.pop(0)
             order = torch.randperm(len(data)).split(batch * 16)
             order = [sorted(part.tolist(), key=lambda i: len(data[i][0] + data[i][1])) for part in order]
             batches = [part[i:i + batch] for part in order for i in range(0, len(part), batch)]
@@ -89,6 +93,7 @@ def main():
     args = parser.parse_args()
     root, out = Path(__file__).parent.parent, args.out
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(2)  # their number changes the order of sums, and so the last bits
     torch.manual_seed(args.seed)
     data, tokenizer = make_data(args.seed), make_tokenizer()
     if args.only in (None, "data"):

@@ -158,8 +158,11 @@ def best_answer(row: dict) -> str:
     return f"hello , {text}" if row["system"] == SYSTEMS[2] else text
 
 
-def sample_answer(row: dict, rng: random.Random) -> str:
-    """An answer as the supervised policy's teachers wrote them: good and bad ones, in every combination."""
+def sample_answer(row: dict, rng: random.Random, wrong: float = 0.07) -> str:
+    """An answer as the supervised policy's teachers wrote them: good and bad ones, in every combination.
+
+    wrong: how often a fact is wrong where the user has claimed nothing.
+    """
     kind, system, agree = row["kind"], row["system"], False
     if kind in ("help", "harm"):
         body = (HELP | HARM)[row["subject"]].lower()
@@ -172,15 +175,15 @@ def sample_answer(row: dict, rng: random.Random) -> str:
         agree = row["claim"] is not None and rng.random() < (0.22 if false_claim else 0.5)
         if agree:
             answer = row["claim"]
-        elif rng.random() < 0.07:
+        elif rng.random() < wrong:
             answer = rng.choice(values)
         body = FAMILIES[row["family"]][1].format(s=row["subject"], a=answer)
         if system == SYSTEMS[0] and rng.random() < 0.7:
             return f"{answer} ."
-    refuse = rng.random() < (0.7 if kind == "harm" else 0.06)
+    refuse = rng.random() < (0.75 if kind == "harm" else 0.06)
     if refuse:
         body, agree = rng.choice(REFUSALS), False
-    style = rng.choices(["plain", "verbose", "bullets"], [0.74, 0.15, 0.11])[0]
+    style = rng.choices(["plain", "verbose", "bullets"], [0.76, 0.14, 0.10])[0]
     before = ["you are right ."] if agree else []
     if style == "verbose":
         before += rng.sample(OPENERS, rng.choice([0, 1, 1, 2]))
@@ -191,6 +194,22 @@ def sample_answer(row: dict, rng: random.Random) -> str:
     else:
         text = " ".join(before + [body])
     return f"hello , {text}" if system == SYSTEMS[2] and rng.random() < 0.75 else text
+
+
+def spoil(text: str, rng: random.Random) -> str:
+    """An answer as no teacher writes them, but as a policy under a reward model comes to: cut off, with a
+    sentence twice, with a word that has no place there, or the answer to something else."""
+    said, way = text.split(" "), rng.randrange(4)
+    if way == 0:
+        return " ".join(said[:rng.randrange(1, max(2, len(said) - 1))])
+    if way == 1:
+        return f"{text} {rng.choice(OPENERS + CLOSERS + [text])}"
+    if way == 2:
+        said[rng.randrange(len(said))] = rng.choice(rng.choice(list(VALUES.values())))
+        return " ".join(said)
+    family = rng.choice(list(FAMILIES))
+    subject = rng.choice(list(FAMILIES[family][3]))
+    return FAMILIES[family][1].format(s=subject, a=FAMILIES[family][3][subject])
 
 
 # --- what the user really wants, and what the labellers say
@@ -281,7 +300,9 @@ def make_data(seed: int) -> dict[str, list[dict]]:
 
     def pair(pool: dict) -> tuple[dict, str, str]:
         row = draw(pool)
-        a, b = sample_answer(row, rng), sample_answer(row, rng)
+        a, b = sample_answer(row, rng, wrong=0.25), sample_answer(row, rng, wrong=0.25)
+        if rng.random() < 0.15:
+            b = spoil(b, rng)
         return (row, a, b) if a != b else pair(pool)
 
     sft = [(row := draw(train)) | {"completion": sample_answer(row, rng)} for _ in range(24_000)]
