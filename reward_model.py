@@ -196,7 +196,9 @@ def main(args: Args):
             if sides[0] == sides[1] or not all(sides):
                 equal += 1
                 continue
-            margin = row.get(args.margin_column, 0.0) if args.margin_column else 0.0
+            margin = row.get(args.margin_column) if args.margin_column else 0.0
+            if not isinstance(margin, (int, float)):
+                fail(f"{path}: a row has no number in the column {args.margin_column!r}")
             pairs.append((*sides, float(margin), P - lost))
         if equal or cut:
             print(f"{path}: of {len(rows)} pairs, {cut} cut to {longest} tokens at the beginning, "

@@ -1,0 +1,293 @@
+"""The scripts as a user runs them: whole runs, bad input, a copied file, Ctrl-C."""
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification)
+
+import common
+import grpo
+import reward_model
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(steps=2, prompts_per_step=3, group_size=4, max_new_tokens=12, eval_prompts=8,
+             micro_batch_size=5, log_every=1, device="cpu")
+
+
+def rows(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write(path: Path, *lines) -> str:
+    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+    return str(path)
+
+
+def run_grpo(tmp_path, name="run", **changes):
+    grpo.main(grpo.Args(**(SMALL | {"run_dir": str(tmp_path / name)} | changes)))
+    return rows(tmp_path / name / "metrics.jsonl")
+
+
+def fails(capsys, main, args) -> str:
+    """The one line on stderr of a run that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: "), error
+    return error
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "reward_model.py"])
+def test_help_names_every_flag(script):
+    out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
+    args = {"grpo.py": grpo.Args, "reward_model.py": reward_model.Args}[script]
+    for field in dataclasses.fields(args):
+        assert f"--{field.name.replace('_', '-')}" in out
+
+
+def test_a_misspelt_flag_is_named_and_nothing_runs(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "grpo.py", "--group-sise", "4"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "--group-sise" in done.stderr and "--group-size" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_leaves_metrics_samples_and_an_ordinary_model(tmp_path):
+    log = run_grpo(tmp_path)
+    steps, evals = [r for r in log if "loss" in r], [r for r in log if "eval_reward" in r]
+    assert [r["step"] for r in steps] == [1, 2] and [r["step"] for r in evals] == [0, 2]
+    named = {"step", "reward", "reward_std", "kl", "entropy", "length", "truncated", "loss", "grad_norm", "lr",
+             "seconds", "tokens_per_second", "flat_wrong", "flat_right", "flat_other"}
+    assert named <= steps[0].keys()
+    assert {"eval_reward", "eval_gold", "eval_kl", "eval_length", "eval_win_rate"} <= evals[0].keys()
+    # before the first update the policy is the reference: no KL, and its samples tie with themselves
+    assert steps[0]["kl"] == 0 and evals[0]["eval_kl"] == 0 and evals[0]["eval_win_rate"] == 0.5
+    assert abs(steps[0]["loss"]) < 1e-6  # the advantages of a group sum to zero, at ratio 1
+    assert steps[1]["kl"] != 0
+    assert len(rows(tmp_path / "run/samples.jsonl")) == 2 * 8
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+    before = AutoModelForCausalLM.from_pretrained("tiny/policy", dtype=torch.float32)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    assert AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint").chat_template
+
+
+def test_a_seed_gives_the_same_run_and_micro_batches_change_nothing(tmp_path):
+    first, again = run_grpo(tmp_path, "a"), run_grpo(tmp_path, "b")
+    other = run_grpo(tmp_path, "c", micro_batch_size=64)
+    for a, b, c in zip(first, again, other):
+        for key in set(a) - {"seconds", "tokens_per_second"}:
+            assert a[key] == b[key]
+            assert a[key] == pytest.approx(c[key], rel=2e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(loss_type="bnpo"), dict(loss_type="dapo", clip_high=0.28), dict(loss_type="dr_grpo", scale_rewards="none"),
+    dict(loss_type="gspo", epochs=2), dict(loss_type="cispo", clip_low=1.0, minibatches=2),
+    dict(kl_in="reward", scale_rewards="batch"), dict(kl_loss="k2"), dict(kl_loss="k3_ratio", epochs=2),
+    dict(truncated="mask"), dict(truncated="penalise"), dict(gradient_checkpointing=True),
+    dict(dtype="bfloat16"), dict(lr_schedule="cosine", warmup=1), dict(generate_batch_size=4)],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))
+def test_every_option_runs(tmp_path, changes):
+    log = run_grpo(tmp_path, eval_every=0, **changes)
+    assert len(log) == 2 and all(r["grad_norm"] > 0 for r in log)
+    assert log[0]["clipped_low"] == 0 or changes.get("epochs", 1) * changes.get("minibatches", 1) > 1
+
+
+def test_the_first_update_has_ratio_one_and_later_ones_do_not(tmp_path, monkeypatch):
+    ratios, policy_loss = [], grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda new, old, *rest: ratios.append(
+        (new - old).detach().abs().max().item()) or policy_loss(new, old, *rest))
+    run_grpo(tmp_path, steps=1, eval_every=0, minibatches=2, micro_batch_size=100, lr=1e-3)
+    assert ratios[0] == 0 and ratios[1] > 0
+
+
+def test_beta_zero_loads_no_reference_and_one_update_makes_no_second_forward(tmp_path, monkeypatch):
+    loads, calls = [], []
+    load, logprobs = grpo.load_model, grpo.completion_logprobs
+    monkeypatch.setattr(grpo, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr(grpo, "completion_logprobs", lambda *a: calls.append(a) or logprobs(*a))
+    log = run_grpo(tmp_path, beta=0.0, steps=1, micro_batch_size=100)
+    assert len(loads) == 1 and len(calls) == 1 and not any("kl" in r or "eval_kl" in r for r in log)
+
+
+def test_masked_completions_stay_in_the_group_and_in_attention(tmp_path, monkeypatch):
+    """Taking truncated completions out before the baseline would bias it; out of attention, their log-probs."""
+    seen, advantages = {}, grpo.group_advantages
+    monkeypatch.setattr(grpo, "group_advantages", lambda r, *a: seen.update(rewards=r) or advantages(r, *a))
+    log = run_grpo(tmp_path, truncated="mask", max_new_tokens=3, steps=1, eval_every=0)
+    assert log[0]["truncated"] > 0 and log[0]["left_out"] == 0 and not seen["rewards"].isnan().any()
+
+
+def test_generate_stops_at_each_end_and_samples_what_the_forward_pass_says(tmp_path):
+    """Rows of a group differ, the mask ends with the first end, and the share of each first token is its
+    probability under a plain forward pass of the prompt (no other token's, no shared draw)."""
+    tokenizer = common.load_tokenizer("tiny/policy")
+    model, _ = common.load_model(AutoModelForCausalLM, "tiny/policy", "cpu")
+    prompts = common.encode(tokenizer, [common.render(tokenizer, p) for p in (
+        "what is the capital of france ?", "how do i make tea ?")])
+    ids, mask = common.pad(prompts, tokenizer.pad_token_id, "left")
+    args = grpo.Args(max_new_tokens=20, temperature=1.3)
+    end = tokenizer.eos_token_id
+    completions, written = grpo.generate(model, ids, mask, args, 3000, [end], 0,
+                                         torch.Generator().manual_seed(0))
+    for row, seen in zip(completions, written):
+        n = int(seen.sum())
+        assert seen[:n].all() and not (row[:n - 1] == end).any()
+        assert n == 20 or row[n - 1] == end
+    for i, prompt in enumerate(prompts):
+        probs = (model(torch.tensor([prompt])).logits[0, -1] / 1.3).softmax(-1)
+        first = completions[i * 3000:(i + 1) * 3000, 0].bincount(minlength=len(probs)) / 3000
+        assert (first - probs).abs().sum() / 2 < 0.08 and len(set(map(tuple, completions.tolist()))) > 1000
+    # the second token as well: the cache goes with its rows when others finish
+    likely = completions[:3000, 0].mode().values
+    after = completions[:3000][(completions[:3000, 0] == likely) & (written[:3000, 1] == 1), 1]
+    probs = (model(torch.tensor([prompts[0] + [likely.item()]])).logits[0, -1] / 1.3).softmax(-1)
+    assert (after.bincount(minlength=len(probs)) / len(after) - probs).abs().sum() / 2 < 0.08
+
+
+def test_sampled_rows_agree_with_the_plain_forward_pass(monkeypatch):
+    """The logits of every decoding step, through the shared and shrunk cache, are those of a forward pass."""
+    tokenizer = common.load_tokenizer("tiny/policy")
+    model, _ = common.load_model(AutoModelForCausalLM, "tiny/policy", "cpu")
+    prompts = common.encode(tokenizer, [common.render(tokenizer, p) for p in (
+        "what is the capital of france ?", "how do i make tea ?", "what is two plus two ?")])
+    ids, mask = common.pad(prompts, tokenizer.pad_token_id, "left")
+    picked, multinomial = [], torch.multinomial
+    def spy(probs, n, generator):
+        picked.append((probs, multinomial(probs, n, generator=generator)))
+        return picked[-1][1]
+    monkeypatch.setattr(torch, "multinomial", spy)
+    completions, written = grpo.generate(model, ids, mask, grpo.Args(max_new_tokens=16), 4,
+                                         [tokenizer.eos_token_id], 0, torch.Generator().manual_seed(1))
+    repeat = ids.repeat_interleave(4, 0), mask.repeat_interleave(4, 0)
+    logprobs, _ = common.completion_logprobs(model, *repeat, completions, written)
+    for t, (probs, token) in enumerate(picked):
+        sampler = probs.gather(1, token).log()[:, 0]
+        assert torch.allclose(sampler, logprobs[written[:, t] == 1, t], atol=1e-4)
+    assert len(picked[-1][0]) < 12  # some rows had finished, and were no longer computed
+
+
+def test_a_copied_file_runs_in_an_empty_folder(tmp_path):
+    for name in ("grpo.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    data = write(tmp_path / "rows.jsonl", *[{"prompt": f"what is {w} ?"} for w in "a b c d e f".split()])
+    (tmp_path / "my.py").write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
+    done = subprocess.run(
+        [sys.executable, "grpo.py", "--model", ROOT / "tiny/policy", "--reward", "my.py:short", "--data", data,
+         "--eval-prompts", "2", "--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--run-dir", "out"],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/checkpoint/model.safetensors").is_file()
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "grpo.py", "--steps", "500", "--prompts-per-step", "2", "--group-size", "2",
+         "--eval-prompts", "2", "--log-every", "1", "--run-dir", tmp_path / "run"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by Ctrl-C after step" in out and "Traceback" not in error
+    assert (tmp_path / "run/checkpoint/model.safetensors").is_file()
+
+
+def test_none_leaves_a_completion_out(tmp_path):
+    path = tmp_path / "half.py"
+    path.write_text("def half(completions, **c):\n    return [None if i % 2 else float(i) for i in range(len(completions))]\n")
+    log = run_grpo(tmp_path, reward=f"{path}:half", eval_every=0)
+    assert log[0]["left_out"] == 0.5
+
+
+def test_flat_groups_are_told_apart(tmp_path):
+    for name, value, key in (("zeros", 0.0, "flat_wrong"), ("ones", 1.0, "flat_right"), ("fives", 5.0, "flat_other")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(f"def f(completions, **c):\n    return [{value}] * len(completions)\n")
+        log = run_grpo(tmp_path, name, reward=f"{path}:f", steps=1, eval_every=0)
+        assert [log[0][k] for k in ("flat_wrong", "flat_right", "flat_other")] == [float(k == key) for k in
+                                                                               ("flat_wrong", "flat_right", "flat_other")]
+        assert log[0]["grad_norm"] < 1e-6
+
+
+BAD = {  # changes of Args -> what the one line must say
+    "a missing model folder": (dict(model="tiny/none"), "tiny/none: no such model folder"),
+    "a group of one": (dict(group_size=1), "--group-size"),
+    "a missing file": (dict(data="none.jsonl"), "none.jsonl: no such file"),
+    "a row that is not JSON": (dict(data=['{"prompt": "a"}', "{oops"]), "bad.jsonl:2: not JSON"),
+    "no prompt column": (dict(data=[{"question": "a"}]), "bad.jsonl:1: no column 'prompt', only question"),
+    "an empty file": (dict(data=[]), "bad.jsonl: holds no rows"),
+    "no row left to train on": (dict(data=[{"prompt": "a"}]), "--eval-prompts"),
+    "a prompt longer than the context": (
+        dict(data=[{"prompt": "a " * 300}] + [{"prompt": "a"}] * 9), "bad.jsonl: row 1: its prompt has 30"),
+    "a reward function that raises": (dict(reward="1 / 0"), "raised ZeroDivisionError"),
+    "too few rewards": (dict(reward="[0.0]"), "returned 1 rewards for"),
+    "a reward that is NaN": (dict(reward="[float('nan')] * len(completions)"), "finite numbers"),
+    "rewards that are texts": (dict(reward="['1'] * len(completions)"), "finite numbers"),
+    "a reward file without the function": (dict(reward="tiny/world.py:nothing"), "has no function 'nothing'"),
+    "no reward model": (dict(reward="tiny/policy"), "tiny/policy: not a reward model"),
+    "an unknown device": (dict(device="moon"), "--device moon"),
+    "a temperature of zero": (dict(temperature=0.0), "--temperature"),
+    "a negative beta": (dict(beta=-1.0), "--beta"),
+    "more minibatches than completions": (dict(minibatches=13), "--minibatches"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_line_and_changes_nothing(name, tmp_path, capsys):
+    changes, expected = dict(BAD[name][0]), BAD[name][1]
+    if isinstance(changes.get("data"), list):
+        changes["data"] = write(tmp_path / "bad.jsonl", *changes["data"])
+    if "reward" in changes and "/" not in changes["reward"].replace("1 / 0", ""):
+        (tmp_path / "bad.py").write_text(f"def f(prompts, completions, **columns):\n    return {changes['reward']}\n")
+        changes["reward"] = f"{tmp_path / 'bad.py'}:f"
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    error = fails(capsys, grpo.main, grpo.Args(**(SMALL | {"run_dir": str(tmp_path / "run")} | changes)))
+    assert expected in error
+    if "raised" not in expected and "re" not in changes.get("reward", "")[:0]:
+        assert all(p.read_bytes() == text for p, text in before.items())
+
+
+def test_two_labels_are_no_reward_model(tmp_path, capsys):
+    tokenizer = common.load_tokenizer("tiny/policy")
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_labels=2)).save_pretrained(tmp_path / "two")
+    tokenizer.save_pretrained(tmp_path / "two")
+    args = grpo.Args(**SMALL, reward=str(tmp_path / "two"), run_dir=str(tmp_path / "run"))
+    assert "2 labels" in fails(capsys, grpo.main, args) and not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_folder_is_left_alone(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run/metrics.jsonl", "precious")
+    for script in (grpo, reward_model):
+        assert "exists already" in fails(capsys, script.main, script.Args(run_dir=str(tmp_path / "run")))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "precious\n"
+
+
+def test_top_p_is_warned_about(tmp_path, capsys):
+    run_grpo(tmp_path, top_p=0.9, steps=1, eval_every=0)
+    assert "warning: --top-p" in capsys.readouterr().out
+
+
+def test_grpo_learns_a_plain_reward(tmp_path):
+    """Twelve steps towards short answers: the whole loop, signs and masks included."""
+    path = tmp_path / "short.py"
+    path.write_text("def short(completions, **c):\n    return [-len(x[0]['content'].split()) / 10 for x in completions]\n")
+    log = run_grpo(tmp_path, reward=f"{path}:short", steps=12, prompts_per_step=8, group_size=8, lr=1e-3,
+                   max_new_tokens=32, eval_every=0, micro_batch_size=64)
+    assert sum(r["reward"] for r in log[-3:]) / 3 > sum(r["reward"] for r in log[:3]) / 3 + 0.2
+    assert log[-1]["kl"] > 0.1
