@@ -223,7 +223,7 @@ def main(args: Args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    steps = args.epochs * math.ceil(len(pairs) / args.pairs_per_step)
+    steps = math.ceil(args.epochs * len(pairs) / args.pairs_per_step)
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=steps)

@@ -1,4 +1,4 @@
-"""GRPO's functions on cases worked out by hand, and the same gradient from any micro-batches."""
+"""GRPO's functions on cases worked out by hand, and one gradient from any micro-batches."""
 import math
 
 import pytest
@@ -25,7 +25,7 @@ def close(a, b, rtol=1e-9):
 
 # Group 1 is 0, 2, 4: mean 2, deviations -2, 0, 2, sample variance 8 / 2 = 4.
 # Group 2 is 4, 4, 7: mean 5, deviations -1, -1, 2, sample variance 6 / 2 = 3.
-# All six: mean 3.5, squares 12.25 + 2.25 + 3 * 0.25 + 12.25 = 27.5, sample variance 27.5 / 5 = 5.5.
+# All six: mean 3.5, squares 12.25 + 2.25 + 3 * 0.25 + 12.25 = 27.5, sample variance 27.5 / 5.
 HAND = {"none": [-2, 0, 2, -1, -1, 2],
         "group": [-2 / 2.0001, 0, 2 / 2.0001] + [a / (3 ** 0.5 + 1e-4) for a in (-1, -1, 2)],
         "batch": [a / (5.5 ** 0.5 + 1e-4) for a in (-2, 0, 2, -1, -1, 2)]}
@@ -38,7 +38,7 @@ def test_advantages_by_hand(scale):
 
 @pytest.mark.parametrize("scale", HAND)
 def test_a_completion_left_out_changes_nothing_for_the_others(scale):
-    # nan is in neither the mean nor the standard deviation, nor in its n - 1, and learns nothing
+    # nan is in neither the mean nor the std, nor in its n - 1, and learns nothing
     A = group_advantages(float64(0, nan, 2, 4, 4, 4, 7, nan), 4, scale)
     close(A[[0, 2, 3, 4, 5, 6]], float64(*HAND[scale]))
     assert A[1] == 0 and A[7] == 0
@@ -53,15 +53,16 @@ def test_groups_that_teach_nothing(scale):
 
 @pytest.mark.parametrize("size", [3, 7, 16, 48])
 def test_a_flat_group_stays_flat_in_float32(size):
-    # 0.1 is no float32: the mean may be off by a rounding, which 1e-4 beside the std keeps small;
-    # with 1e-8 it would come out as an advantage of about 1
+    # 0.1 is no float32: the mean may be off by a rounding, which 1e-4 beside the std keeps
+    # small; with 1e-8 it would come out as an advantage of about 1
     for value in (0.1, 0.3, 0.7, 1 / 3):
         for scale in HAND:
-            assert group_advantages(torch.full((2 * size,), value), size, scale).abs().max() < 0.01
+            A = group_advantages(torch.full((2 * size,), value), size, scale)
+            assert A.abs().max() < 0.01
 
 
-def test_the_group_mean_has_no_advantage():
-    A = group_advantages(torch.randn(6 * 8, dtype=torch.float64), 8)
+def test_each_group_has_mean_0_and_std_1():
+    A = group_advantages(5 + 3 * torch.randn(6 * 8, dtype=torch.float64), 8)
     close(A.view(6, 8).sum(1), torch.zeros(6, dtype=torch.float64))
     close(A.view(6, 8).std(1), torch.ones(6, dtype=torch.float64), rtol=1e-3)
 
@@ -69,7 +70,7 @@ def test_the_group_mean_has_no_advantage():
 # --- policy_loss
 
 def one_token(ratio, A, loss_type, clip_low=0.2, clip_high=0.2, logprob=-1.0):
-    """The loss of one token, its gradient on the token's log-prob, and the flags low and high."""
+    """The loss of one token, its gradient on the log-prob, and the flags low and high."""
     logprobs = float64([logprob]).requires_grad_()
     loss, low, high = policy_loss(logprobs, logprobs.detach() - math.log(ratio), float64(A),
                                   torch.ones(1, 1), loss_type, clip_low, clip_high)
@@ -77,9 +78,9 @@ def one_token(ratio, A, loss_type, clip_low=0.2, clip_high=0.2, logprob=-1.0):
     return loss.item(), logprobs.grad.item(), low.item(), high.item()
 
 
-# A, ratio: loss = -min(ratio A, clip(ratio) A); its gradient on the log-prob is -ratio A, or 0 where
-# the clipped side is the smaller. Of the four ways out of the clip range, two are clipped: those
-# that have gone where A pushes. The other two have gone against it and must still come back.
+# loss = -min(ratio A, clip(ratio) A); its gradient on the log-prob is -ratio A, or 0 where the
+# clipped side is the smaller. Of four ways out of the clip range two are clipped: those that have
+# gone where A pushes. The other two have gone against it and must still come back.
 @pytest.mark.parametrize("A, ratio, loss, grad, low, high", [
     (2, 1.0, -2.0, -2.0, False, False),
     (2, 1.1, -2.2, -2.2, False, False),
@@ -106,7 +107,7 @@ def test_clip_higher():
     assert one_token(0.75, -2, "dapo", 0.2, 0.28) == pytest.approx((1.6, 0, True, False))
 
 
-# loss = -clip(ratio) A log pi at log pi = -1, so clip(ratio) A; gradient -clip(ratio) A, never 0
+# loss = -clip(ratio) A log pi at log pi = -1: clip(ratio) A; gradient -clip(ratio) A, never 0
 @pytest.mark.parametrize("A, ratio, weight, low, high", [
     (2, 1.1, 1.1, False, False), (2, 1.5, 1.2, False, True), (2, 0.5, 0.8, True, False),
     (-2, 0.9, 0.9, False, False), (-2, 1.5, 1.2, False, True), (-2, 0.5, 0.8, True, False)])
@@ -121,7 +122,7 @@ def test_cispo_without_a_lower_bound():
 
 
 def gspo_completion(ratios, A):
-    """Two tokens and a column of padding with junk: losses, gradient of their mean, low, high."""
+    """Two tokens and padding with junk: losses, gradient of their mean, low, high."""
     logprobs = float64([-1.0, -2.0, -5.0]).requires_grad_()
     old = logprobs.detach() - float64([math.log(r) for r in (*ratios, 1e9)])
     mask = torch.tensor([[1, 1, 0]])
@@ -163,7 +164,7 @@ EMPTY = torch.zeros(1, 4, dtype=torch.long)
 def test_weights_by_hand(loss_type, each):
     expected = LENGTHS * torch.tensor(each)[:, None]
     close(token_weights(LENGTHS, loss_type, 5), expected, rtol=1e-6)
-    # a completion out of the loss: nobody else's share changes, but for dr_grpo, where it is counted
+    # a completion out of the loss changes no other's share, but in dr_grpo, which counts it
     share = 3 / 4 if loss_type == "dr_grpo" else 1
     weights = token_weights(torch.cat([LENGTHS, EMPTY]), loss_type, 5)
     close(weights, torch.cat([expected * share, EMPTY.float()]), rtol=1e-6)
@@ -186,7 +187,7 @@ def first_update(loss_type, mask, A):
 
 
 def test_on_the_first_update_all_loss_types_are_the_same_for_equal_lengths():
-    mask, A = torch.ones(4, 3), group_advantages(float64(1, 2, 4, 9), 4)
+    mask, A = torch.ones(4, 3).double(), group_advantages(float64(1, 2, 4, 9), 4)
     expected = -A[:, None].expand(4, 3) / 12  # each of 12 tokens: - A grad log pi
     for loss_type in ALL_TYPES:
         close(first_update(loss_type, mask, A)[1], expected)
@@ -200,8 +201,8 @@ def test_on_the_first_update_loss_types_differ_by_their_weights_only():
 
 
 def test_why_the_loss_starts_at_zero():
-    # The mean of a group's advantages is 0, and at ratio 1 so is the loss; what learns is the
-    # gradient. With other lengths that needs the mean over completions, and cispo has log pi in it.
+    # The mean of a group's advantages is 0, and at ratio 1 so is the loss; what learns is its
+    # gradient. With several lengths that needs the mean over completions; cispo's has log pi.
     A = group_advantages(float64(1, 2, 9), 3)
     for loss_type, mask in [(t, torch.ones(3, 4)) for t in PPO_TYPES + ["gspo"]] + [
             ("grpo", LENGTHS), ("gspo", LENGTHS)]:
@@ -215,9 +216,9 @@ def test_why_the_loss_starts_at_zero():
 
 def test_kl_loss_by_hand():
     # pi 1/2, ref 1/4, old 2/5: d = ln 2; k2 = d^2 / 2, k3 = 1/2 - 1 + d, and 5/4 of that
-    pi, old, ref = float64([0.5, 0.25, 0.3]).log(), float64([0.4, 0.25, 0.3]).log(), 0.0
-    ref = float64([0.25, 0.5, 0.3]).log()  # the second: d = -ln 2, k3 = 2 - 1 + d; the third: d = 0
-    d = math.log(2)
+    # second: d = -ln 2, k3 = 2 - 1 + d; third: d = 0
+    pi, old = float64([0.5, 0.25, 0.3]).log(), float64([0.4, 0.25, 0.3]).log()
+    ref, d = float64([0.25, 0.5, 0.3]).log(), math.log(2)
     close(kl_loss(pi, old, ref, "k2"), float64([d * d / 2, d * d / 2, 0]))
     close(kl_loss(pi, old, ref, "k3"), float64([d - 0.5, 1 - d, 0]))
     close(kl_loss(pi, old, ref, "k3_ratio"), float64([1.25 * (d - 0.5), 1 - d, 0]))
@@ -235,7 +236,8 @@ def test_kl_loss_gradient_by_finite_differences(kind):
 def test_kl_loss_gradient_at_ratio_1():
     # with d = log pi - log ref: k2 d, k3 1 - exp(-d), k3 times the ratio d again
     pi, ref = (-3 * torch.rand(2, 4, 5, dtype=torch.float64)).unbind()
-    for kind, expected in (("k2", pi - ref), ("k3", 1 - (ref - pi).exp()), ("k3_ratio", pi - ref)):
+    d = pi - ref
+    for kind, expected in (("k2", d), ("k3", 1 - (-d).exp()), ("k3_ratio", d)):
         leaf = pi.clone().requires_grad_()
         kl_loss(leaf, pi, ref, kind).sum().backward()
         close(leaf.grad, expected)
@@ -244,8 +246,8 @@ def test_kl_loss_gradient_at_ratio_1():
 # --- what a loss without log-probs learns
 
 def test_the_mean_of_sampled_rewards_has_no_gradient():
-    # loss = -mean(reward) + beta * KL, as short tutorials print it: sampled tokens do not know which
-    # logits they came from, so what is rewarded does not matter, and the KL alone is learned from
+    # loss = -mean(reward) + beta * KL, as short tutorials print it: sampled tokens do not know
+    # which logits they came from, so whatever is rewarded, the KL alone is learned from
     torch.manual_seed(0)
     table, ref = torch.randn(2, 3, 4, dtype=torch.float64)  # logits of 3 steps, 4 tokens
     ids = torch.multinomial(table.softmax(-1), 8, replacement=True).T  # (8, 3)
@@ -271,14 +273,14 @@ def test_the_mean_of_sampled_rewards_has_no_gradient():
     assert torch.equal(gradient(token_0, "naive"), kl_only)
     assert torch.equal(gradient(token_1, "naive"), kl_only)
     learned = [gradient(r, "policy_loss") - kl_only for r in (token_0, token_1)]
-    for i, grad in enumerate(learned):  # a step down the gradient makes the rewarded token likelier
+    for i, grad in enumerate(learned):  # a step down it makes the rewarded token likelier
         assert grad[:, i].sum() < -0.05 and grad[:, 1 - i].sum() > 0
 
 
 # --- micro-batches
 
 def gradient_in_micro_batches(size, loss_type, lengths=(6, 1, 4, 2, 5, 3, 6, 1)):
-    """The gradient of one update of 8 completions on a small Llama, as the script's step 5 has it."""
+    """The gradient of one update of 8 completions on a small Llama, as in main's step 5."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -298,8 +300,8 @@ def gradient_in_micro_batches(size, loss_type, lengths=(6, 1, 4, 2, 5, 3, 6, 1))
         share = len(parts) if loss_type == "bnpo" else 1
         weights[rows] = token_weights(loss_mask[rows], loss_type, 6) / share
     for rows in parts:
-        logprobs, _ = completion_logprobs(model, prompt_ids[rows], prompt_mask[rows], ids[rows],
-                                          mask[rows])
+        logprobs, _ = completion_logprobs(
+            model, prompt_ids[rows], prompt_mask[rows], ids[rows], mask[rows])
         loss, _, _ = policy_loss(logprobs, old[rows], A[rows], mask[rows], loss_type, 0.2, 0.2)
         loss = loss + 0.1 * kl_loss(logprobs, old[rows], ref[rows], "k3")
         (loss * weights[rows]).sum().backward()

@@ -266,7 +266,7 @@ def gold_reward(prompts, completions, **columns) -> list[float]:
     return [gold(row, text) for row, text in zip(rows, texts)]
 
 
-SHARPNESS = 4.0  # of both labellers: a difference of 0.5 in what they go by is seen right in 88 % of pairs
+SHARPNESS = 6.0  # of both labellers: a difference of 0.5 in what they go by is seen right in 95 % of pairs
 
 
 def prefer(difference: float, rng: random.Random) -> bool:
