@@ -1,7 +1,8 @@
-"""What the five scripts share: rows of data, tokenization, log-prob helpers, the reward model. Nothing else.
+"""What the five scripts share: rows of data, tokenization, log-prob helpers, the reward model.
+Nothing else.
 
-Shapes: B completions, P prompt tokens (padded on the left), T completion tokens (padded on the right).
-A user's mistake ends in one line on stderr and exit code 2; see `fail`.
+Shapes: B completions, P prompt tokens (padded on the left), T completion tokens (padded on the
+right). A user's mistake ends in one line on stderr and exit code 2; see `fail`.
 """
 import gzip
 import importlib.util
@@ -18,7 +19,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 
 def fail(message: str):
-    """Ends the program with one line: what is wrong (file, row or flag) and what to do about it."""
+    """Ends the program with one line: what is wrong (file, row or flag) and what to do about
+    it."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -26,9 +28,11 @@ def fail(message: str):
 # --- rows of data
 
 def read_rows(path: str) -> list[tuple[str, dict]]:
-    """[(where, row)] of a JSON-lines file (`.gz` too), or of a hub data set `owner/name[:config][:split]`.
+    """[(where, row)] of a JSON-lines file (`.gz` too), or of a hub data set
+    `owner/name[:config][:split]`.
 
-    `where` names the row for messages. Blank lines are not rows; anything else that is no JSON object fails.
+    `where` names the row for messages. Blank lines are not rows; anything else that is no JSON
+    object fails.
     """
     if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", path):
         if not Path(path).parent.exists() and importlib.util.find_spec("datasets"):
@@ -85,7 +89,8 @@ def read_prompts(path: str, column: str = "prompt") -> list[dict]:
 
 
 def read_pairs(path: str, column: str = "prompt") -> list[dict]:
-    """Rows with `prompt` (text or messages), `chosen` and `rejected` (texts), and all their other columns."""
+    """Rows with `prompt` (text or messages), `chosen` and `rejected` (texts), and all their
+    other columns."""
     rows = []
     for where, row in read_rows(path):
         if "chosen" not in row or "rejected" not in row:
@@ -103,10 +108,11 @@ def read_pairs(path: str, column: str = "prompt") -> list[dict]:
 
 
 def split_pair(where: str, chosen, rejected) -> tuple:
-    """(prompt, chosen answer, rejected answer) of a pair that holds the prompt inside both, at the common prefix.
+    """(prompt, chosen answer, rejected answer) of a pair that holds the prompt inside both, at
+    the common prefix.
 
-    Message lists and `\\n\\nHuman: … \\n\\nAssistant: …` transcripts are cut at the last turn that starts inside
-    the common prefix, other texts at its last space.
+    Message lists and `\\n\\nHuman: … \\n\\nAssistant: …` transcripts are cut at the last turn
+    that starts inside the common prefix, other texts at its last space.
     """
     if is_conversation(chosen) and is_conversation(rejected):
         same = 0
@@ -134,7 +140,8 @@ def first_line(error: Exception) -> str:
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model folder or hub id, with some pad token: batches are told by masks, never by it."""
+    """The tokenizer of a model folder or hub id, with some pad token: batches are told by
+    masks, never by it."""
     check_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -146,7 +153,8 @@ def load_tokenizer(name: str):
 
 
 def as_messages(prompt) -> list[dict]:
-    """Chat messages of a prompt: itself, the turns of a `\\n\\nHuman: …` transcript, or a text as the user's turn."""
+    """Chat messages of a prompt: itself, the turns of a `\\n\\nHuman: …` transcript, or a text
+    as the user's turn."""
     if not isinstance(prompt, str):
         return prompt
     if not prompt.startswith("\n\nHuman:"):
@@ -158,8 +166,9 @@ def as_messages(prompt) -> list[dict]:
 
 
 def render(tokenizer, prompt, completion: str | None = None) -> str:
-    """The conversation as the model reads it, by the tokenizer's chat template; with no completion, up to the
-    point where the assistant is to speak. Without a template, texts follow one another as they are."""
+    """The conversation as the model reads it, by the tokenizer's chat template; with no
+    completion, up to the point where the assistant is to speak. Without a template, texts
+    follow one another as they are."""
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             fail(f"{tokenizer.name_or_path}: has no chat template, so prompts must be texts, not messages")
@@ -179,13 +188,15 @@ def render(tokenizer, prompt, completion: str | None = None) -> str:
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of rendered conversations; a chat template has written the special tokens already."""
+    """Token ids of rendered conversations; a chat template has written the special tokens
+    already."""
     return tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
 
 
 def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest: int = 0):
-    """(rows, their prompts' token ids), without the rows longer than `longest` tokens (0: without none), which are
-    counted aloud. A prompt that leaves no `room` in the model's context for an answer fails."""
+    """(rows, their prompts' token ids), without the rows longer than `longest` tokens (0:
+    without none), which are counted aloud. A prompt that leaves no `room` in the model's
+    context for an answer fails."""
     prompts = encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows])
     kept = [i for i, ids in enumerate(prompts) if len(ids) <= (longest or math.inf)]
     if len(kept) < len(rows):
@@ -205,7 +216,8 @@ def context_of(model) -> float:
 
 
 def pad(rows: list[list[int]], pad_id: int, side: str, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their mask, (B, longest) int64 each, padded on the `left` (prompts) or the `right`."""
+    """Token ids and their mask, (B, longest) int64 each, padded on the `left` (prompts) or the
+    `right`."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_id)
     mask = torch.zeros_like(ids)
@@ -227,7 +239,8 @@ def check_model(name: str):
 
 
 def load_model(auto_class, name: str, device, **config_changes):
-    """A model in float32 (safetensors only), with dropout off, and the names of the weights it came without."""
+    """A model in float32 (safetensors only), with dropout off, and the names of the weights it
+    came without."""
     check_model(name)
     try:
         config = AutoConfig.from_pretrained(name, **config_changes)
@@ -245,11 +258,13 @@ def load_model(auto_class, name: str, device, **config_changes):
 # --- log-prob helpers
 
 def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
-    """log pi(token | prompt, tokens before it) and the policy's entropy at each completion token, in nats.
+    """log pi(token | prompt, tokens before it) and the policy's entropy at each completion
+    token, in nats.
 
-    prompt_ids, prompt_mask (B, P); completion_ids, mask (B, T). Returns two float32 (B, T), 0 where mask is 0;
-    the entropy is detached. Padding that all rows share is trimmed, positions are counted from each row's first
-    token, so that padding changes nothing, and logits exist for the completion's tokens only.
+    prompt_ids, prompt_mask (B, P); completion_ids, mask (B, T). Returns two float32 (B, T), 0
+    where mask is 0; the entropy is detached. Padding that all rows share is trimmed, positions
+    are counted from each row's first token, so that padding changes nothing, and logits exist
+    for the completion's tokens only.
     """
     width = completion_ids.shape[1]
     P, T = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
@@ -267,23 +282,28 @@ def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, te
 
 
 def micro_batches(lengths: torch.Tensor, size: int, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Row numbers in groups of at most `size`, the longest first: alike rows share their padding, and what does
-    not fit in memory fails at once. lengths (B,); rows: some of 0..B-1, or all."""
+    """Row numbers in groups of at most `size`, the longest first: alike rows share their
+    padding, and what does not fit in memory fails at once. lengths (B,); rows: some of 0..B-1,
+    or all."""
     rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
     return list(rows[lengths[rows].argsort(descending=True, stable=True)].split(size))
 
 
 def kl_estimate(logprobs, ref_logprobs, kind: str = "k1"):
-    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, (B, T) nats.
+    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, (B, T)
+    nats.
 
     With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"), as a VALUE:
       k1 = d                  unbiased, high variance, may be negative
-      k2 = d^2 / 2            biased (second order in the distance), low variance, never negative
+      k2 = d^2 / 2            biased (second order in the distance), low variance, never
+      negative
       k3 = exp(-d) - 1 + d    unbiased, low variance near d = 0, never negative
-    As a LOSS, where the gradient is of the estimate with the sampled tokens held fixed, its expectation is
+    As a LOSS, where the gradient is of the estimate with the sampled tokens held fixed, its
+    expectation is
       k1: zero (E[grad log pi] = 0): never put k1 in a loss
       k2: grad KL(policy || reference), the gradient that k1 in the reward has
-      k3: grad KL(reference || policy), the reversed KL; times the ratio pi / pi_old: grad KL(policy || reference)
+      k3: grad KL(reference || policy), the reversed KL; times the ratio pi / pi_old: grad
+      KL(policy || reference)
     """
     d = logprobs - ref_logprobs
     if kind == "k1":
@@ -292,14 +312,16 @@ def kl_estimate(logprobs, ref_logprobs, kind: str = "k1"):
 
 
 def masked_mean(values, mask, dim=None):
-    """Mean over the entries whose mask is 1, over all or along `dim`; 0 where there are none."""
+    """Mean over the entries whose mask is 1, over all or along `dim`; 0 where there are
+    none."""
     if dim is None:
         return (values * mask).sum() / mask.sum().clamp(min=1)
     return (values * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def masked_whiten(values, mask, shift_mean: bool = True):
-    """Values scaled to variance 1 (and mean 0 with `shift_mean`) over the entries whose mask is 1, 0 elsewhere."""
+    """Values scaled to variance 1 (and mean 0 with `shift_mean`) over the entries whose mask
+    is 1, 0 elsewhere."""
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean).square(), mask)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
@@ -309,10 +331,11 @@ def masked_whiten(values, mask, shift_mean: bool = True):
 # --- the reward model
 
 def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
-    """(B,) float32 scores of conversations, as token ids, by a one-label sequence-classification model.
+    """(B,) float32 scores of conversations, as token ids, by a one-label
+    sequence-classification model.
 
-    The head is read at the last token that is not padding, as transformers does. These heads have no bias, so
-    `reward_bias` in the model's config is added here.
+    The head is read at the last token that is not padding, as transformers does. These heads
+    have no bias, so `reward_bias` in the model's config is added here.
     """
     device = next(model.parameters()).device
     ids, mask = pad(rows, model.config.get_text_config().pad_token_id, "right", device)
@@ -336,11 +359,13 @@ def score_texts(model, tokenizer, texts: list[str], micro_batch_size: int) -> to
 
 
 def load_reward(name: str, device, micro_batch_size: int):
-    """reward(rows, completions) -> (B,) float32, nan where a row is left out: of a reward model, or a function.
+    """reward(rows, completions) -> (B,) float32, nan where a row is left out: of a reward
+    model, or a function.
 
-    name: a folder or hub id of a one-label sequence-classification model, which is scored through text, with its
-    own tokenizer and chat template; or `file.py:function`, called with `prompts`, `completions` and the other
-    columns of the rows, as TRL calls it: for a prompt of messages the completion is a list of one message.
+    name: a folder or hub id of a one-label sequence-classification model, which is scored
+    through text, with its own tokenizer and chat template; or `file.py:function`, called with
+    `prompts`, `completions` and the other columns of the rows, as TRL calls it: for a prompt
+    of messages the completion is a list of one message.
     """
     if re.search(r"\.py:\w+$", name):
         function = load_function(name)

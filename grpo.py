@@ -1,28 +1,34 @@
 """Group relative policy optimisation, GRPO (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
-Samples a group of completions of each prompt, scores them, and takes as the advantage of each how
-much better it is than its group: there is no critic. Over prompts x, completions y, tokens t:
+Samples a group of completions of each prompt, scores them, and takes as the advantage of each
+how much better it is than its group: there is no critic. Over prompts x, completions y, tokens
+t:
 
     maximise   E[ mean over t of  min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) ]
                - beta * KL(policy || reference)
-    A     = (r - mean of the group's r) / std of the group's r     one number for all tokens of y
-    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 on a rollout's first update
+    A     = (r - mean of the group's r) / std of the group's r     one number for all tokens of
+    y rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 on a rollout's first
+    update
 
 Where this differs from the paper:
- 1. The reference is the initial policy throughout: no outer loop renews it or the reward model.
+ 1. The reference is the initial policy throughout: no outer loop renews it or the reward
+ model.
  2. The standard deviation is the sample's (G - 1), plus 1e-4 so that a flat group stays at 0.
  3. Outcome rewards only, no process rewards.
-The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Two of the
-paper's choices lead elsewhere than to the optimum of E[r] - beta * KL: the KL in the loss, and the
-division by the standard deviation. `--kl-in reward --scale-rewards none --loss-type dr_grpo` leads
-there; README.md, "Where it converges", has by how much each misses, and why.
-Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic of each token.
+The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Two
+of the paper's choices lead elsewhere than to the optimum of E[r] - beta * KL: the KL in the
+loss, and the division by the standard deviation. `--kl-in reward --scale-rewards none
+--loss-type dr_grpo` leads there; README.md, "Where it converges", has by how much each misses,
+and why.
+Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic of each
+token.
 
     python grpo.py                                     the tiny world: a minute on a laptop
     python grpo.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
 
-Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without the
-first is reward hacking; `kl`: how far the policy went for it; `flat_*`: prompts that teach nothing.
+Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without
+the first is reward hacking; `kl`: how far the policy went for it; `flat_*`: prompts that teach
+nothing.
 """
 import dataclasses
 import inspect
@@ -52,11 +58,14 @@ class Args:
     reward: str = "tiny/reward_model"
     """a one-label reward model's folder or hub id, or file.py:function"""
     gold: str = ""
-    """what evaluation scores beside it and training never sees, likewise (tiny world: its gold reward)"""
+    """what evaluation scores beside it and training never sees, likewise (tiny world: its gold
+    reward)"""
     data: str = "tiny/prompts.jsonl"
-    """rows of prompts: a .jsonl or .jsonl.gz file, or a hub data set owner/name[:config][:split]"""
+    """rows of prompts: a .jsonl or .jsonl.gz file, or a hub data set
+    owner/name[:config][:split]"""
     eval_data: str = ""
-    """held-out rows (tiny world: its own; otherwise the last --eval-prompts rows of --data, held out)"""
+    """held-out rows (tiny world: its own; otherwise the last --eval-prompts rows of --data,
+    held out)"""
     prompt_column: str = "prompt"
     """the column that holds the prompt: a text, or chat messages"""
     run_dir: str = ""
@@ -72,13 +81,16 @@ class Args:
     max_new_tokens: int = 48
     """longest completion, in tokens (256 to 8192)"""
     max_prompt_tokens: int = 0
-    """leave out rows with longer prompts, and count them (0: a prompt too long for the model is an error)"""
+    """leave out rows with longer prompts, and count them (0: a prompt too long for the model
+    is an error)"""
     temperature: float = 1.0
     """of sampling and of the log-probs alike (0.7 to 1.0)"""
     top_p: float = 1.0
-    """nucleus sampling; below 1 the log-probs are those of another distribution than was sampled from"""
+    """nucleus sampling; below 1 the log-probs are those of another distribution than was
+    sampled from"""
     truncated: Literal["keep", "mask", "penalise"] = "keep"
-    """completions cut at --max-new-tokens: as they are; out of the loss; or less --truncation-penalty"""
+    """completions cut at --max-new-tokens: as they are; out of the loss; or less
+    --truncation-penalty"""
     truncation_penalty: float = 1.0
     """in units of reward"""
 
@@ -97,26 +109,30 @@ class Args:
     minibatches: int = 1
     """updates a pass (1 to 16); the rollout's completions are dealt out to them at random"""
     micro_batch_size: int = 128
-    """completions per forward and backward pass; sets the memory used, changes no result (1 to 64)"""
+    """completions per forward and backward pass; sets the memory used, changes no result (1 to
+    64)"""
     generate_batch_size: int = 512
     """completions sampled at a time; sets the memory used"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32 elsewhere"""
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32
+    elsewhere"""
     device: str = "auto"
     """auto: a GPU where there is one"""
 
     log_every: int = 5
     """steps between printed lines"""
     eval_every: int = 20
-    """steps between evaluations; there is one before the first step and one after the last (0: none)"""
+    """steps between evaluations; there is one before the first step and one after the last (0:
+    none)"""
     eval_prompts: int = 128
     """held-out prompts, one completion each"""
 
     # the algorithm's own
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """what the advantages are divided by: the group's std, the batch's (arXiv:2508.08221), or nothing"""
+    """what the advantages are divided by: the group's std, the batch's (arXiv:2508.08221), or
+    nothing"""
     loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
     """see policy_loss and token_weights"""
     clip_low: float = 0.2
@@ -124,15 +140,18 @@ class Args:
     clip_high: float = 0.2
     """the ratio is clipped above at 1 + this (dapo: 0.28; gspo: 4e-4; cispo: 1 to 5)"""
     kl_in: Literal["loss", "reward"] = "loss"
-    """KL per token in the loss (the paper), or per completion off the reward, before the advantages"""
+    """KL per token in the loss (the paper), or per completion off the reward, before the
+    advantages"""
     kl_loss: Literal["k3", "k3_ratio", "k2"] = "k3"
-    """the estimator in the loss: the paper's, times the ratio (DeepSeek-V3.2), or half the squared log"""
+    """the estimator in the loss: the paper's, times the ratio (DeepSeek-V3.2), or half the
+    squared log"""
 
 
 # --- the algorithm
 
 def group_advantages(rewards, group_size: int, scale: str = "group"):
-    """How much better than its group each completion is (DeepSeekMath, eq. 3 and section 4.1.2).
+    """How much better than its group each completion is (DeepSeekMath, eq. 3 and section
+    4.1.2).
 
     rewards (B,): groups follow one another; nan leaves a completion out, and gets advantage 0.
     scale: divide by the `group`'s standard deviation, the `batch`'s (Liu et al. 2025,
@@ -158,9 +177,12 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str,
     """The loss of each token, and whether it is clipped below or above: three (B, T).
 
     logprobs, old_logprobs, mask (B, T), advantages (B,).
-    grpo, bnpo, dapo, dr_grpo: PPO's clipped ratio (Schulman et al. 2017, arXiv:1707.06347, eq. 7);
-        they differ in token_weights. dapo asks for clip_high > clip_low (arXiv:2503.14476, eq. 8).
-    gspo: one ratio a completion, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5, 7).
+    grpo, bnpo, dapo, dr_grpo: PPO's clipped ratio (Schulman et al. 2017, arXiv:1707.06347, eq.
+    7);
+        they differ in token_weights. dapo asks for clip_high > clip_low (arXiv:2503.14476, eq.
+        8).
+    gspo: one ratio a completion, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5,
+    7).
     cispo: the clipped ratio as a weight on the log-prob, so that clipped tokens still learn
         (MiniMax-M1, arXiv:2506.13585, eq. 4, 5).
     """
@@ -180,9 +202,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str,
 
 
 def kl_loss(logprobs, old_logprobs, ref_logprobs, kind: str):
-    """What beta multiplies in the loss, per token (B, T); see common.kl_estimate for its gradient.
+    """What beta multiplies in the loss, per token (B, T); see common.kl_estimate for its
+    gradient.
 
-    k3: DeepSeekMath, eq. 4. k3_ratio: DeepSeek-V3.2 (arXiv:2512.02556). k2: half the squared log.
+    k3: DeepSeekMath, eq. 4. k3_ratio: DeepSeek-V3.2 (arXiv:2512.02556). k2: half the squared
+    log.
     """
     if kind == "k3_ratio":
         return (logprobs - old_logprobs).exp() * kl_estimate(logprobs, ref_logprobs, "k3")
@@ -190,13 +214,17 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, kind: str):
 
 
 def token_weights(mask, loss_type: str, max_new_tokens: int):
-    """What each token counts for in the loss of an update, (B, T), fixed before micro-batching.
+    """What each token counts for in the loss of an update, (B, T), fixed before
+    micro-batching.
 
     grpo, gspo: the mean over completions of the mean over their tokens (DeepSeekMath, eq. 3).
-    dapo, cispo: the mean over all tokens of the update. DAPO's eq. 8 writes it for one group; as in
+    dapo, cispo: the mean over all tokens of the update. DAPO's eq. 8 writes it for one group;
+    as in
         its authors' code, and elsewhere, a batch of groups has one mean.
-    bnpo: TRL's name for that mean within each micro-batch, so the one that depends on their size.
-    dr_grpo: the sum over tokens, over a constant: completions times the longest (arXiv:2503.20783).
+    bnpo: TRL's name for that mean within each micro-batch, so the one that depends on their
+    size.
+    dr_grpo: the sum over tokens, over a constant: completions times the longest
+    (arXiv:2503.20783).
     """
     if loss_type in ("grpo", "gspo"):
         lengths = mask.sum(1, keepdim=True).clamp(min=1)
@@ -211,10 +239,12 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[int], pad_id: int,
              generator):
-    """Samples group_size completions of each prompt: completion_ids and mask, two (B, longest).
+    """Samples group_size completions of each prompt: completion_ids and mask, two (B,
+    longest).
 
     prompt_ids, prompt_mask (prompts, P), padded on the left. mask is 1 up to and including the
-    first of the `ends`. A prompt is read once for its group, and a finished row costs nothing more.
+    first of the `ends`. A prompt is read once for its group, and a finished row costs nothing
+    more.
     """
     model.eval()
     name = inspect.signature(model.forward).parameters  # transformers renamed past_key_values
@@ -333,8 +363,8 @@ def main(args: Args):
             file.write(json.dumps(row) + "\n")
 
     def sample(some_prompts: list[list[int]], group_size: int, generator):
-        """Completions of some prompts: prompt_ids, prompt_mask (B, P), completion_ids, mask (B, T),
-        truncated (B,), and the B texts."""
+        """Completions of some prompts: prompt_ids, prompt_mask (B, P), completion_ids, mask
+        (B, T), truncated (B,), and the B texts."""
         prompt_ids, prompt_mask = pad(some_prompts, pad_id, "left", device)
         at_once = max(1, args.generate_batch_size // group_size)
         with autocast:  # one context for all tokens: the weights are cast once

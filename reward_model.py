@@ -1,24 +1,27 @@
-"""Reward model by Bradley-Terry (Ouyang et al. 2022, InstructGPT, arXiv:2203.02155; Stiennon et al. 2020).
+"""Reward model by Bradley-Terry (Ouyang et al. 2022, InstructGPT, arXiv:2203.02155; Stiennon
+et al. 2020).
 
-Learns from pairs of answers, one chosen and one rejected, a score r(x, y) whose differences say how
-likely a person chooses one over the other: P(y_w over y_l) = sigmoid(r(x, y_w) - r(x, y_l)). Hence
+Learns from pairs of answers, one chosen and one rejected, a score r(x, y) whose differences
+say how likely a person chooses one over the other: P(y_w over y_l) = sigmoid(r(x, y_w) - r(x,
+y_l)). Hence
 
     minimise   E[ -log sigmoid(r_w - r_l - margin) ]  +  centering * E[ (r_w + r_l)^2 ]
 
-Differences alone are learned, so the scale's zero is free: it is put where the mean score of the
-reference's own completions is, after training (Stiennon et al. 2020, section 3.4).
+Differences alone are learned, so the scale's zero is free: it is put where the mean score of
+the reference's own completions is, after training (Stiennon et al. 2020, section 3.4).
 
 Where this differs from InstructGPT:
  1. Pairs, not rankings of 4 to 9 answers at once.
- 2. One epoch by default and any learning rate; the model starts from `--model`, usually the policy.
-Its neighbours: dpo.py learns a policy from the same pairs without this model; ppo.py, grpo.py and
-reinforce.py maximise the score that is learned here.
+ 2. Two epochs by default, for the tiny world; InstructGPT found that more than one overfits.
+Its neighbours: dpo.py learns a policy from the same pairs without this model; ppo.py, grpo.py
+and reinforce.py maximise the score that is learned here.
 
-    python reward_model.py                             the tiny world: under a minute on a laptop
-    python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
+    python reward_model.py                             the tiny world: under a minute on a
+    laptop python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
 
-Watch: `eval_accuracy` beside what the label noise allows; `eval_ece`: whether its probabilities are
-to be believed; `eval_length_correlation`: a score that is mostly length will be hacked by length.
+Watch: `eval_accuracy` beside what the label noise allows; `eval_ece`: whether its
+probabilities are to be believed; `eval_length_correlation`: a score that is mostly length will
+be hacked by length.
 """
 import dataclasses
 import json
@@ -48,25 +51,30 @@ class Args:
     model: str = "tiny/policy"
     """the model to start from: a causal LM's (or reward model's) folder or hub id"""
     reference: str = ""
-    """the policy on whose completions the mean score is made zero (empty: --model; none: no bias)"""
+    """the policy on whose completions the mean score is made zero (empty: --model; none: no
+    bias)"""
     data: str = "tiny/preferences.jsonl"
-    """rows of pairs: a .jsonl or .jsonl.gz file, or a hub data set owner/name[:config][:split]"""
+    """rows of pairs: a .jsonl or .jsonl.gz file, or a hub data set
+    owner/name[:config][:split]"""
     eval_data: str = ""
     """held-out pairs (empty: the last --eval-pairs rows of --data, held out)"""
     prompt_column: str = "prompt"
-    """the column that holds the prompt; without it, the prompt is what chosen and rejected begin with"""
+    """the column that holds the prompt; without it, the prompt is what chosen and rejected
+    begin with"""
     margin_column: str = ""
-    """a column of how much better the chosen answer is, in units of score (Llama 2, arXiv:2307.09288)"""
+    """a column of how much better the chosen answer is, in units of score (Llama 2,
+    arXiv:2307.09288)"""
     run_dir: str = ""
     """a new folder for metrics and the trained model (runs/reward_model-DATE-TIME)"""
     seed: int = 0
 
-    epochs: int = 1
+    epochs: int = 2
     """passes over the pairs (1 to 2: reward models overfit soon)"""
     pairs_per_step: int = 32
     """pairs an update (32 to 256)"""
     max_tokens: int = 0
-    """cut a longer conversation at its beginning, so that the whole answer stays (0: the context)"""
+    """cut a longer conversation at its beginning, so that the whole answer stays (0: the
+    context)"""
     lr: float = 1e-3
     """AdamW's peak learning rate (real models: 1e-6 to 2e-5)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -75,29 +83,33 @@ class Args:
     """updates of linear warm-up"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    micro_batch_size: int = 64
+    micro_batch_size: int = 16
     """conversations per forward and backward pass; sets the memory used, changes no result"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32 elsewhere"""
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32
+    elsewhere"""
     device: str = "auto"
     """auto: a GPU where there is one"""
 
     log_every: int = 20
     """steps between printed lines"""
     eval_every: int = 0
-    """steps between evaluations, besides the one before the first step and the one after the last"""
+    """steps between evaluations, besides the one before the first step and the one after the
+    last"""
     eval_pairs: int = 600
     """held-out pairs, where --eval-data names none"""
 
     # the algorithm's own
     centering: float = 0.0
-    """weight of (r_w + r_l)^2, which keeps scores around zero (0.01; Eisenstein et al. 2023)"""
+    """weight of (r_w + r_l)^2, which keeps scores around zero (0.01; Eisenstein et al.
+    2023)"""
     label_smoothing: float = 0.0
     """the share of labels taken to be wrong (0 to 0.3)"""
     bias_prompts: int = 128
-    """prompts for whose completions by the reference the mean score is made zero (0: no bias)"""
+    """prompts for whose completions by the reference the mean score is made zero (0: no
+    bias)"""
     max_new_tokens: int = 48
     """longest of those completions, in tokens"""
 
@@ -117,10 +129,12 @@ def pair_loss(chosen, rejected, margin=0.0, label_smoothing: float = 0.0, center
 
 
 def calibration_error(probability, bins: int = 10) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3) of P(chosen over rejected).
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3) of P(chosen over
+    rejected).
 
-    probability (B,): of the answer that was chosen. The confidence is the larger of p and 1 - p, its
-    prediction is right where p > 1/2; the gap between confidence and accuracy, weighted over bins.
+    probability (B,): of the answer that was chosen. The confidence is the larger of p and 1 -
+    p, its prediction is right where p > 1/2; the gap between confidence and accuracy, weighted
+    over bins.
     """
     confidence = torch.maximum(probability, 1 - probability)
     right = (probability > 0.5).float() + 0.5 * (probability == 0.5)
@@ -238,7 +252,8 @@ def main(args: Args):
             file.write(json.dumps(row) + "\n")
 
     def micro(some_pairs: list[tuple]) -> list[torch.Tensor]:
-        """Pairs of alike length in micro-batches; both answers of a pair go through the model at once."""
+        """Pairs of alike length in micro-batches; both answers of a pair go through the model
+        at once."""
         lengths = torch.tensor([max(len(chosen), len(rejected)) for chosen, rejected, *_ in some_pairs])
         return micro_batches(lengths, max(1, args.micro_batch_size // 2))
 

