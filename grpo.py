@@ -96,7 +96,7 @@ class Args:
 
     beta: float = 0.04
     """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded)"""
-    lr: float = 2e-3
+    lr: float = 3e-4
     """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """after the warm-up, for the rest of the updates"""

@@ -8,6 +8,7 @@ from that policy.
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -108,12 +109,18 @@ def main():
         policy.to(torch.bfloat16).save_pretrained(out / "policy")
         tokenizer.save_pretrained(out / "policy")
     if args.only in (None, "rewards"):
-        for labels, name in (("preferences", "reward_model"), ("biased_preferences", "biased_reward_model")):
-            with tempfile.TemporaryDirectory() as runs:
-                subprocess.run([sys.executable, root / "reward_model.py", "--model", out / "policy", "--data",
-                                out / f"{labels}.jsonl", "--run-dir", f"{runs}/run"], check=True, cwd=root)
+        with tempfile.TemporaryDirectory() as runs:
+            names = {"reward_model": "preferences", "biased_reward_model": "biased_preferences"}
+            running = [subprocess.Popen(  # both at once, a core each
+                [sys.executable, root / "reward_model.py", "--model", out / "policy", "--data",
+                 out / f"{labels}.jsonl", "--run-dir", f"{runs}/{name}", "--device", "cpu"],
+                cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                for name, labels in names.items()]
+            if any([process.wait() for process in running]):
+                sys.exit("reward_model.py failed")
+            for name in names:
                 AutoModelForSequenceClassification.from_pretrained(
-                    f"{runs}/run/checkpoint", dtype=torch.bfloat16).save_pretrained(out / name)
+                    f"{runs}/{name}/checkpoint", dtype=torch.bfloat16).save_pretrained(out / name)
                 tokenizer.save_pretrained(out / name)
 
 
