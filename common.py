@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import traceback
+import zlib
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         fail(f"{path}: cannot be read as text: {error}")
     rows = []
     for where, line in lines:
@@ -98,7 +99,8 @@ def read_pairs(path: str, column: str = "prompt") -> list[dict]:
         prompt, chosen, rejected = row.get(column), row["chosen"], row["rejected"]
         if prompt is None or is_conversation(chosen) and len(chosen) > 1:
             prompt, chosen, rejected = split_pair(where, chosen, rejected)
-        chosen, rejected = (c[0]["content"] if is_conversation(c) else c for c in (chosen, rejected))
+        chosen, rejected = (c[0]["content"] if is_conversation(c) and len(c) == 1 else c
+                            for c in (chosen, rejected))
         if not (isinstance(prompt, str) and prompt.strip() or is_conversation(prompt)):
             fail(f"{where}: {column!r} must be a text or a list of messages (role, content), and not empty")
         if not (isinstance(chosen, str) and isinstance(rejected, str)):
@@ -338,9 +340,14 @@ def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
     have no bias, so `reward_bias` in the model's config is added here.
     """
     device = next(model.parameters()).device
-    ids, mask = pad(rows, model.config.get_text_config().pad_token_id, "right", device)
+    config = model.config.get_text_config()
+    own, ends = config.pad_token_id, {row[-1] for row in rows}
+    if own is None:  # for the time of the call, any token that ends no row
+        config.pad_token_id = next(i for i in range(config.vocab_size) if i not in ends)
+    ids, mask = pad(rows, config.pad_token_id, "right", device)
     cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}  # encoders have none
     scores = model(input_ids=ids, attention_mask=mask, **cache).logits[:, 0].float()
+    config.pad_token_id = own
     return scores + getattr(model.config, "reward_bias", 0.0)
 
 
@@ -377,26 +384,28 @@ def load_reward(name: str, device, micro_batch_size: int):
                        for p, c in zip(prompts, completions)]
             try:
                 values = function(prompts=prompts, completions=answers, **columns)
+                values = list(values) if hasattr(values, "__iter__") else values
             except Exception as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
-                fail(f"{name}: raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+                fail(f"{name}: raised {type(error).__name__}: {first_line(error)} "
+                     f"({last.filename}:{last.lineno})")
             try:
                 values = [float("nan") if v is None else finite(v) for v in values]
             except (TypeError, ValueError):
                 fail(f"{name}: must return a list of finite numbers (None leaves a row out), "
-                     f"not {str(values)[:60]}")
+                     f"not {' '.join(str(values).split())[:60]}")
             if len(values) != len(rows):
                 fail(f"{name}: returned {len(values)} rewards for {len(rows)} completions")
             return torch.tensor(values, dtype=torch.float32, device=device)
         return reward
 
+    if name.endswith(".py"):
+        fail(f"{name}: name the function in it, too: {name}:FUNCTION")
     tokenizer = load_tokenizer(name)
     model, missing = load_model(AutoModelForSequenceClassification, name, device)
     if model.config.num_labels != 1 or missing:
         fail(f"{name}: not a reward model: it has {model.config.num_labels} labels"
              + (f" and no weights for {', '.join(sorted(missing))}" if missing else "") + ", one label is needed")
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
         texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
@@ -405,7 +414,7 @@ def load_reward(name: str, device, micro_batch_size: int):
 
 
 def finite(value) -> float:
-    if not math.isfinite(value):
+    if not abs(value) <= torch.finfo(torch.float32).max:  # nan, too
         raise ValueError
     return float(value)
 
@@ -416,8 +425,9 @@ def load_function(name: str):
     if not Path(path).is_file():
         fail(f"{path}: no such file")
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        spec = importlib.util.spec_from_file_location(f"reward_file_{Path(path).stem}", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
     except Exception as error:
         fail(f"{path}: cannot be imported: {type(error).__name__}: {first_line(error)}")

@@ -254,9 +254,9 @@ def test_the_mean_of_sampled_rewards_has_no_gradient():
     # loss = -mean(reward) + beta * KL, as short tutorials print it: sampled tokens do not know
     # which logits they came from, so whatever is rewarded, the KL alone is learned from
     table, ref = torch.randn(2, 3, 4, dtype=torch.float64)  # logits of 3 steps, 4 tokens
-    ids = torch.multinomial(table.softmax(-1), 8, replacement=True).T  # (8, 3)
-    token_0, token_1 = ((ids == i).double().sum(1) for i in (0, 1))  # (8,) two opposite wishes
-    mask = torch.ones(8, 3)
+    ids = torch.multinomial(table.softmax(-1), 64, replacement=True).T  # (64, 3)
+    token_0, token_1 = ((ids == i).double().sum(1) for i in (0, 1))  # (64,) two wishes
+    mask = torch.ones(64, 3)
 
     def gradient(rewards, how):
         logits = table.clone().requires_grad_()
@@ -266,7 +266,7 @@ def test_the_mean_of_sampled_rewards_has_no_gradient():
         if how == "naive":
             loss = loss - rewards.mean()
         if how == "policy_loss":
-            A = group_advantages(rewards, 8)
+            A = group_advantages(rewards, 64)
             tokens, _, _ = policy_loss(logprobs, logprobs.detach(), A, mask, "grpo", 0.2, 0.2)
             loss = loss + (tokens * token_weights(mask, "grpo", 3)).sum()
         loss.backward()
