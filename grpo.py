@@ -15,11 +15,11 @@ Where this differs from the paper:
  model.
  2. The standard deviation is the sample's (G - 1), plus 1e-4 so that a flat group stays at 0.
  3. Outcome rewards only, no process rewards.
-The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Two
-of the paper's choices lead elsewhere than to the optimum of E[r] - beta * KL: the KL in the
-loss, and the division by the standard deviation. `--kl-in reward --scale-rewards none
---loss-type dr_grpo` leads there; README.md, "Where it converges", has by how much each misses,
-and why.
+The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Its KL in
+the loss leads elsewhere than to the optimum of E[r] - beta * KL, a token's KL answering only for
+itself; the division by the standard deviation then makes beta depend on how far the policy has
+concentrated. `--kl-in reward --scale-rewards none --loss-type dr_grpo` is the exact gradient.
+README.md, "Where it converges", has by how much each misses, and why.
 Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic of each
 token.
 

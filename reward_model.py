@@ -12,7 +12,7 @@ the reference's own completions is, after training (Stiennon et al. 2020, sectio
 
 Where this differs from InstructGPT:
  1. Pairs, not rankings of 4 to 9 answers at once.
- 2. Two epochs by default, for the tiny world; InstructGPT found that more than one overfits.
+ 2. The head is new, and its learning rate and the model's are one.
 Its neighbours: dpo.py learns a policy from the same pairs without this model; ppo.py, grpo.py
 and reinforce.py maximise the score that is learned here.
 
@@ -68,7 +68,7 @@ class Args:
     """a new folder for metrics and the trained model (runs/reward_model-DATE-TIME)"""
     seed: int = 0
 
-    epochs: int = 2
+    epochs: int = 1
     """passes over the pairs (1 to 2: reward models overfit soon)"""
     pairs_per_step: int = 32
     """pairs an update (32 to 256)"""

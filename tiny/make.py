@@ -3,8 +3,8 @@
 
 The data and the tokenizer come out the same on any machine, bit for bit; the weights on the
 same machine. The policy is a small Llama, fine-tuned on good and bad answers; the two reward
-models are what `python reward_model.py` makes of the fair and of the biased labels, starting
-from that policy.
+models are what `python reward_model.py --epochs 4` makes of the fair and of the biased labels,
+starting from that policy, on one core each.
 """
 import argparse
 import json
@@ -113,7 +113,8 @@ def main():
             names = {"reward_model": "preferences", "biased_reward_model": "biased_preferences"}
             running = [subprocess.Popen(  # both at once, a core each
                 [sys.executable, root / "reward_model.py", "--model", out / "policy", "--data",
-                 out / f"{labels}.jsonl", "--run-dir", f"{runs}/{name}", "--device", "cpu"],
+                 out / f"{labels}.jsonl", "--run-dir", f"{runs}/{name}", "--device", "cpu",
+                 "--epochs", "4"],
                 cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 for name, labels in names.items()]
             if any([process.wait() for process in running]):
