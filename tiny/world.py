@@ -316,7 +316,7 @@ def make_data(seed: int) -> dict[str, list[dict]]:
         return (row, a, b) if a != b else pair(pool)
 
     sft = [(row := draw(train)) | {"completion": sample_answer(row, rng)} for _ in range(24_000)]
-    pairs = [pair(train) for _ in range(6_000)] + [pair(held) for _ in range(600)]
+    pairs = [pair(train) for _ in range(9_000)] + [pair(held) for _ in range(600)]
     labelled = {}
     for name, value in (("preferences", gold), ("biased_preferences", biased)):
         labelled[name] = []
