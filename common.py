@@ -44,6 +44,8 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
             except Exception as error:  # the hub's own words say best what is wrong
                 fail(f"{path}: not read from the hub: {first_line(error)}")
         fail(f"{path}: no such file (for a data set of the hub: pip install 'plain-rlhf[hub]')")
+    if not Path(path).is_file():
+        fail(f"{path}: no such file")
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]

@@ -163,13 +163,14 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
         squares = (r - mean).square().nansum(1, keepdim=True)
         return (squares / (valid.sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
 
-    groups = rewards.view(-1, group_size)  # (prompts, G)
+    # float64: a flat group's mean is off by a rounding that the division would blow up
+    groups = rewards.double().view(-1, group_size)  # (prompts, G)
     advantages = groups - groups.nanmean(1, keepdim=True)
     if scale == "group":
         advantages = advantages / (std(groups) + 1e-4)
     elif scale == "batch":
-        advantages = advantages / (std(rewards.view(1, -1)) + 1e-4)
-    return advantages.nan_to_num(0.0).view(-1)  # (B,)
+        advantages = advantages / (std(groups.view(1, -1)) + 1e-4)
+    return advantages.nan_to_num(0.0).view(-1).to(rewards.dtype)  # (B,)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str,
@@ -514,8 +515,8 @@ def main(args: Args):
 
         # --- 6. log
         groups = scores.view(-1, args.group_size)
-        flat = (groups == groups[:, :1]).all(1)  # (prompts,) all alike: nothing to learn from
-        wrong, right = flat & (groups[:, 0] <= 0), flat & (groups[:, 0] == 1)
+        flat = groups.amax(1) - groups.amin(1) < 1e-4  # (prompts,) nothing to learn from
+        wrong, right = flat & (groups[:, 0] <= 0), flat & ((groups[:, 0] - 1).abs() < 1e-4)
         seconds = time.time() - start
         metrics = {
             "step": step, "reward": scores.nanmean(), "reward_std": scores[~scores.isnan()].std(),

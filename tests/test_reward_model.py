@@ -93,7 +93,8 @@ def test_the_mean_score_of_the_references_completions_is_zero(tmp_path):
 
 def test_the_head_starts_at_one_over_the_root_of_d_plus_one(tmp_path, monkeypatch):
     seen, norm = [], torch.nn.init.normal_
-    monkeypatch.setattr(torch.nn.init, "normal_", lambda w, **k: seen.append((tuple(w.shape), k)) or norm(w, **k))
+    monkeypatch.setattr(torch.nn.init, "normal_", lambda *a, **k: seen.append((
+        tuple(a[0].shape) if a else (), k)) or norm(*a, **k))
     run(tmp_path)
     assert ((1, 128), {"std": 129 ** -0.5}) in seen
 

@@ -289,5 +289,5 @@ def test_grpo_learns_a_plain_reward(tmp_path):
     path.write_text("def short(completions, **c):\n    return [-len(x[0]['content'].split()) / 10 for x in completions]\n")
     log = run_grpo(tmp_path, reward=f"{path}:short", steps=12, prompts_per_step=8, group_size=8, lr=1e-3,
                    max_new_tokens=32, eval_every=0, micro_batch_size=64)
-    assert sum(r["reward"] for r in log[-3:]) / 3 > sum(r["reward"] for r in log[:3]) / 3 + 0.2
+    assert sum(r["reward"] for r in log[-3:]) / 3 > sum(r["reward"] for r in log[:3]) / 3 + 0.1
     assert log[-1]["kl"] > 0.1
