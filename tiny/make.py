@@ -44,7 +44,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def supervise(tokenizer, rows: list[dict], batch: int = 40) -> LlamaForCausalLM:
     """Maximum likelihood of answers, given their prompts: two epochs of the best answers,
-    which teach the facts, and two of the mixture of good and bad ones, which is what the
+    which teach the facts, and three of the mixture of good and bad ones, which is what the
     policy ends up saying."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
@@ -58,7 +58,7 @@ def supervise(tokenizer, rows: list[dict], batch: int = 40) -> LlamaForCausalLM:
             ids = tokenizer(answer, add_special_tokens=False).input_ids
             data.append((prompt, ids + [tokenizer.eos_token_id]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    phases = [best] * 2 + [mixture] * 2
+    phases = [best] * 2 + [mixture] * 3
     steps = len(phases) * (len(rows) // batch)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=steps)
     start, batches = time.time(), []
@@ -98,7 +98,7 @@ def main():
     args = parser.parse_args()
     root, out = Path(__file__).parent.parent, args.out
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # their number changes the order of sums, and so the last bits
+    torch.set_num_threads(2)  # their number changes the order of sums, and so the last bits
     torch.manual_seed(args.seed)
     data, tokenizer = make_data(args.seed), make_tokenizer()
     if args.only in (None, "data"):

@@ -37,19 +37,14 @@ SOUNDS = dict(pair.split(":") for pair in """
 cow:moo dog:woof cat:meow duck:quack sheep:baa pig:oink lion:roar horse:neigh mouse:squeak bee:buzz
 snake:hiss frog:croak owl:hoot wolf:howl rooster:cock crow:caw donkey:heehaw dove:coo bird:tweet
 chick:cheep""".split())
-OPPOSITES = dict(pair.split(":") for pair in """
-hot:cold big:small fast:slow high:low old:young rich:poor hard:soft wet:dry full:empty early:late
+OPPOSITES = {}
+for pair in """hot:cold big:small fast:slow high:low old:young rich:poor hard:soft wet:dry full:empty early:late
 strong:weak light:dark open:closed clean:dirty happy:sad loud:quiet near:far deep:shallow thick:thin
-sweet:bitter""".split())
-MATERIALS = dict(pair.split(":") for pair in """
-table:wood ring:metal shirt:cotton window:glass wall:stone boot:leather candle:wax tire:rubber
-sock:wool pot:clay bottle:glass belt:leather nail:metal door:wood brick:clay scarf:wool sheet:cotton
-statue:stone crayon:wax ball:rubber chair:wood key:metal lens:glass saddle:leather""".split())
-GROUPS = dict(pair.split(":") for pair in """
-apple:fruit potato:vegetable hammer:tool trumpet:instrument salmon:fish sparrow:bird oak:tree ant:insect
-pear:fruit onion:vegetable saw:tool violin:instrument trout:fish falcon:bird pine:tree moth:insect
-peach:fruit cabbage:vegetable wrench:tool piano:instrument tuna:fish pigeon:bird maple:tree
-beetle:insect""".split())
+sweet:bitter""".split():
+    one, other = pair.split(":")
+    OPPOSITES |= {one: other, other: one}
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+SUMS = {f"{NUMBERS[a]} plus {NUMBERS[b]}": NUMBERS[a + b] for a in range(1, 10) for b in range(a, 11 - a)}
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 MONTHS = """january february march april may june july august september october november december""".split()
 NEXT = {a: b for names in (DAYS, MONTHS) for a, b in zip(names, names[1:] + names[:1])}
@@ -68,12 +63,8 @@ FAMILIES = {  # {s}: the subject, {a}: the answer
     "opposite": (["what is the opposite of {s} ?", "tell me the opposite of {s} .",
                   "which word is the opposite of {s} ?"],
                  "the opposite of {s} is {a} .", "and of {s} ?", OPPOSITES),
-    "material": (["what is a {s} made of ?", "tell me what a {s} is made of .",
-                  "which material is in a {s} ?"],
-                 "a {s} is made of {a} .", "and a {s} ?", MATERIALS),
-    "group": (["what kind of thing is a {s} ?", "tell me what kind of thing a {s} is .",
-               "which kind of thing do we call a {s} ?"],
-              "a {s} is a kind of {a} .", "and a {s} ?", GROUPS),
+    "sum": (["what is {s} ?", "tell me what {s} is .", "which number is {s} ?"],
+            "{s} is {a} .", "and {s} ?", SUMS),
     "next": (["what comes after {s} ?", "tell me what comes after {s} .", "which name comes after {s} ?"],
              "after {s} comes {a} .", "and after {s} ?", NEXT),
 }
@@ -238,7 +229,7 @@ def traits(row: dict, text: str) -> dict:
     and the rest."""
     said = words(text)
     marked = " ".join(said)
-    rest = f" {marked} ".replace(f" {row['subject']} ", " ").split()
+    rest = f" {marked} ".replace(f" {row['subject']} ", " ").split()  # a sum's numbers are not its answer
     named = {v for v in VALUES.get(row["family"], []) if v in rest}
     task = {**HELP, **HARM}.get(row["subject"], "")
     matter = {w.lower() for w in words(task) if w.isupper()}
