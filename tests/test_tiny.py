@@ -105,7 +105,7 @@ def test_the_biased_labeller_likes_what_users_do_not():
 def test_labels_follow_bradley_terry():
     rng = random.Random(0)
     seen = statistics.mean(world.prefer(0.3, rng) for _ in range(20_000))
-    assert seen == pytest.approx(1 / (1 + 2.718281828 ** (-4 * 0.3)), abs=0.01)
+    assert seen == pytest.approx(1 / (1 + 2.718281828 ** (-world.SHARPNESS * 0.3)), abs=0.01)
 
 
 def test_the_supervised_policy_leaves_room(data):
