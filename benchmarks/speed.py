@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 def ours(steps: int) -> list[float]:
     with tempfile.TemporaryDirectory() as runs:
         subprocess.run([sys.executable, "grpo.py", "--steps", str(steps), "--eval-every", "0", "--lr", "1e-6",
-                        "--device", "cpu", "--run-dir", f"{runs}/run"], check=True, cwd=ROOT, capture_output=True)
+                        "--device", "cpu",
+                        "--run-dir", f"{runs}/run"], check=True, cwd=ROOT, capture_output=True)
         rows = [json.loads(line) for line in open(f"{runs}/run/metrics.jsonl")]
     return [row["seconds"] for row in rows][2:]
 
