@@ -16,7 +16,7 @@ Where this differs from InstructGPT:
 Its neighbours: dpo.py learns a policy from the same pairs without this model; ppo.py, grpo.py
 and reinforce.py maximise the score that is learned here.
 
-    python reward_model.py                             the tiny world: under a minute on a
+    python reward_model.py                             the tiny world: a minute and a bit
     laptop python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
 
 Watch: `eval_accuracy` beside what the label noise allows; `eval_ece`: whether its
