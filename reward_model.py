@@ -17,7 +17,7 @@ Its neighbours: dpo.py learns a policy from the same pairs without this model; p
 and reinforce.py maximise the score that is learned here.
 
     python reward_model.py                             the tiny world: a minute and a bit
-    laptop python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
+    python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
 
 Watch: `eval_accuracy` beside what the label noise allows; `eval_ece`: whether its
 probabilities are to be believed; `eval_length_correlation`: a score that is mostly length will
