@@ -299,8 +299,7 @@ def kl_estimate(logprobs, ref_logprobs, kind: str = "k1"):
 
     With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"), as a VALUE:
       k1 = d                  unbiased, high variance, may be negative
-      k2 = d^2 / 2            biased (second order in the distance), low variance, never
-      negative
+      k2 = d^2 / 2            biased (second order in the distance), never negative
       k3 = exp(-d) - 1 + d    unbiased, low variance near d = 0, never negative
     As a LOSS, where the gradient is of the estimate with the sampled tokens held fixed, its
     expectation is

@@ -1,18 +1,16 @@
 """Group relative policy optimisation, GRPO (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
 Samples a group of completions of each prompt, scores them, and takes as the advantage of each
-how much better it is than its group: there is no critic. Over prompts x, completions y, tokens
-t:
+how much better it is than its group: there is no critic. Over prompts x, completions y, tokens t:
 
     maximise   E[ mean over t of  min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) ]
                - beta * KL(policy || reference)
-    A     = (r - mean of the group's r) / std of the group's r     one number for all tokens of
-    y rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 on a rollout's first
-    update
+    A     = (r - mean of the group's r) / std of the group's r     one for all tokens of y
+    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 on the first update
 
 Where this differs from the paper:
- 1. The reference is the initial policy throughout: no outer loop renews it or the reward
- model.
+ 1. The reference is the initial policy throughout: no outer loop renews it or the
+    reward model.
  2. The standard deviation is the sample's (G - 1), plus 1e-4 so that a flat group stays at 0.
  3. Outcome rewards only, no process rewards.
 The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Its KL in
@@ -20,8 +18,7 @@ the loss leads elsewhere than to the optimum of E[r] - beta * KL, a token's KL a
 itself; the division by the standard deviation then makes beta depend on how far the policy has
 concentrated. `--kl-in reward --scale-rewards none --loss-type dr_grpo` is the exact gradient.
 README.md, "Where it converges", has by how much each misses, and why.
-Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic of each
-token.
+Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic.
 
     python grpo.py                                     the tiny world: a minute on a laptop
     python grpo.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
