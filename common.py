@@ -411,6 +411,7 @@ def load_reward(name: str, device, micro_batch_size: int):
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
         texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
         return score_texts(model, tokenizer, texts, micro_batch_size)
+    reward.model = model.requires_grad_(False)
     return reward
 
 

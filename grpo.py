@@ -1,7 +1,8 @@
 """Group relative policy optimisation, GRPO (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
 Samples a group of completions of each prompt, scores them, and takes as the advantage of each
-how much better it is than its group: there is no critic. Over prompts x, completions y, tokens t:
+how much better it is than its group: there is no critic. Over prompts x, completions y and
+tokens t:
 
     maximise   E[ mean over t of  min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) ]
                - beta * KL(policy || reference)
@@ -13,10 +14,10 @@ Where this differs from the paper:
     reward model.
  2. The standard deviation is the sample's (G - 1), plus 1e-4 so that a flat group stays at 0.
  3. Outcome rewards only, no process rewards.
-The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Its KL in
-the loss leads elsewhere than to the optimum of E[r] - beta * KL, a token's KL answering only for
-itself; the division by the standard deviation then makes beta depend on how far the policy has
-concentrated. `--kl-in reward --scale-rewards none --loss-type dr_grpo` is the exact gradient.
+The defaults are the paper's otherwise, the tiny world's sizes, and one update a rollout. Its KL
+in the loss leads elsewhere than to the optimum of E[r] - beta * KL, a token's KL answering only
+for itself; the division by the standard deviation then makes beta depend on how far the policy
+has concentrated. `--kl-in reward --scale-rewards none --loss-type dr_grpo` is the exact gradient.
 README.md, "Where it converges", has by how much each misses, and why.
 Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic.
 
@@ -66,7 +67,7 @@ class Args:
     prompt_column: str = "prompt"
     """the column that holds the prompt: a text, or chat messages"""
     run_dir: str = ""
-    """a new folder for metrics, samples and the trained model (runs/grpo-DATE-TIME)"""
+    """a new folder for metrics, samples and the trained model (runs/SCRIPT-DATE-TIME)"""
     seed: int = 0
 
     steps: int = 40
@@ -93,18 +94,14 @@ class Args:
 
     beta: float = 0.04
     """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded)"""
-    lr: float = 3e-4
+    lr: float = 4e-4
     """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """after the warm-up, for the rest of the updates"""
     warmup: int = 0
     """updates of linear warm-up (0 to 20)"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    epochs: int = 1
-    """passes over a rollout (1 to 4)"""
-    minibatches: int = 1
-    """updates a pass (1 to 16); the rollout's completions are dealt out to them at random"""
     micro_batch_size: int = 128
     """completions per forward and backward pass; sets the memory used, changes no result (1 to
     64)"""
@@ -126,7 +123,11 @@ class Args:
     eval_prompts: int = 128
     """held-out prompts, one completion each"""
 
-    # the algorithm's own
+    # --- arguments of the algorithm
+    epochs: int = 1
+    """passes over a rollout (1 to 4)"""
+    minibatches: int = 1
+    """updates a pass (1 to 16); the rollout's completions are dealt out to them at random"""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """what the advantages are divided by: the group's std, the batch's (arXiv:2508.08221), or
     nothing"""
@@ -175,12 +176,11 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str,
     """The loss of each token, and whether it is clipped below or above: three (B, T).
 
     logprobs, old_logprobs, mask (B, T), advantages (B,).
-    grpo, bnpo, dapo, dr_grpo: PPO's clipped ratio (Schulman et al. 2017, arXiv:1707.06347, eq.
-    7);
-        they differ in token_weights. dapo asks for clip_high > clip_low (arXiv:2503.14476, eq.
-        8).
-    gspo: one ratio a completion, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5,
-    7).
+    grpo, bnpo, dapo, dr_grpo: PPO's clipped ratio (Schulman et al. 2017, arXiv:1707.06347,
+        eq. 7); they differ in token_weights. dapo asks for clip_high > clip_low
+        (arXiv:2503.14476, eq. 8).
+    gspo: one ratio a completion, the geometric mean of its tokens' (arXiv:2507.18071, eq. 5
+        and 7).
     cispo: the clipped ratio as a weight on the log-prob, so that clipped tokens still learn
         (MiniMax-M1, arXiv:2506.13585, eq. 4, 5).
     """
@@ -216,9 +216,8 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
     micro-batching.
 
     grpo, gspo: the mean over completions of the mean over their tokens (DeepSeekMath, eq. 3).
-    dapo, cispo: the mean over all tokens of the update. DAPO's eq. 8 writes it for one group;
-    as in
-        its authors' code, and elsewhere, a batch of groups has one mean.
+    dapo, cispo: the mean over all tokens of the update. DAPO's eq. 8 writes it for one
+        group; as in its authors' code, and elsewhere, a batch of groups has one mean.
     bnpo: TRL's name for that mean within each micro-batch, so the one that depends on their
     size.
     dr_grpo: the sum over tokens, over a constant: completions times the longest
@@ -241,8 +240,8 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
     longest).
 
     prompt_ids, prompt_mask (prompts, P), padded on the left. mask is 1 up to and including the
-    first of the `ends`. A prompt is read once for its group, and a finished row costs nothing
-    more.
+    first of the `ends`. generator: None takes the likeliest token each time. A prompt is read
+    once for its group, and a finished row costs nothing more.
     """
     model.eval()
     name = inspect.signature(model.forward).parameters  # transformers renamed past_key_values
@@ -263,7 +262,10 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         logits = logits.float() / args.temperature
         if args.top_p < 1:
             logits = TopPLogitsWarper(args.top_p)(None, logits)
-        token = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (rows, 1)
+        if generator is None:
+            token = logits.argmax(-1, keepdim=True)  # (rows, 1)
+        else:
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (rows, 1)
         completion_ids[rows, t] = token[:, 0]
         mask[rows, t] = 1
         alive = ~torch.isin(token[:, 0], ends)
@@ -281,14 +283,19 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
 
 
 def main(args: Args):
-    # --- setup
+    # --- setup of the algorithm
     if args.group_size < 2:
         fail("--group-size: a group of 1 is its own mean, so every advantage is 0: use 2 or more")
+    kl_in_reward = args.beta > 0 and args.kl_in == "reward"
+    # with one update a rollout the old log-probs are the new ones: no second forward pass
+    old_first = kl_in_reward or args.epochs * args.minibatches > 1
+
+    # --- setup
     for flag in ("steps", "eval_every", "warmup", "beta", "max_prompt_tokens"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
-    for flag in ("prompts_per_step", "max_new_tokens", "temperature", "lr", "epochs", "minibatches",
-                 "micro_batch_size", "generate_batch_size", "log_every", "eval_prompts"):
+    for flag in ("prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "epochs",
+                 "minibatches", "micro_batch_size", "generate_batch_size", "log_every", "eval_prompts"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 < args.top_p <= 1:
@@ -298,7 +305,7 @@ def main(args: Args):
     if args.top_p < 1:
         print("warning: --top-p < 1 samples from another distribution than the one whose log-probs, "
               "ratio and KL are computed: they are inexact")
-    run_dir = Path(args.run_dir or f"runs/grpo-{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if run_dir.exists():
         fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
     if args.device == "auto":
@@ -346,10 +353,18 @@ def main(args: Args):
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    updates_in_all = args.steps * args.epochs * args.minibatches
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
-        num_warmup_steps=args.warmup, num_training_steps=args.steps * args.epochs * args.minibatches)
-    one_update = args.epochs * args.minibatches == 1
+        num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
+    models = {"policy": policy, "reference": reference, "reward": getattr(reward, "model", None)}
+
+    # --- the run folder, sampling and evaluation
+    for name, model in models.items():  # what is held in memory, besides activations
+        if model is not None:
+            n, trained = model.num_parameters(), next(model.parameters()).requires_grad
+            print(f"{name:10} {n / 1e6:10.2f} M parameters {n * (16 if trained else 4) / 2**20:10.1f} MiB"
+                  f"  float32 weights{', gradients and two moments' if trained else ''}")
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -379,7 +394,7 @@ def main(args: Args):
         repeat = [t.repeat_interleave(group_size, 0) for t in (prompt_ids, prompt_mask)]
         return *repeat, completion_ids, mask, truncated, texts
 
-    first_texts, first_scores = [], None  # the reference's completions, and what judges a win on them
+    first_texts, first_scores = [], None  # the reference's completions, and what judges a win
 
     def evaluate(step: int):
         """One completion of each held-out prompt, always with the same seed."""
@@ -400,16 +415,19 @@ def main(args: Args):
         judge = scores["gold" if gold else "reward"]
         if first_scores is None:
             first_texts, first_scores = texts, judge
-        wins = torch.where(judge == first_scores, 0.5, (judge > first_scores).float())
+        ahead = judge - first_scores  # (B,) nan where one of the two is left out
+        wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
         metrics = {"step": step} | {f"eval_{k}": round(v.nanmean().item(), 4) for k, v in scores.items()}
         metrics |= {"eval_length": round(mask.sum(1).float().mean().item(), 2),
                     "eval_win_rate": round(wins.mean().item(), 4)}
+        metrics = {k: v for k, v in metrics.items() if v == v}  # JSON has no nan: of no row at all
         append("metrics.jsonl", metrics)
         tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
         for i, (row, text) in enumerate(zip(eval_data, texts)):
             values = {k: round(v[i].item(), 4) for k, v in scores.items()}
             append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
-                                     "reference": first_texts[i], "truncated": bool(truncated[i]), **values})
+                                     "reference": first_texts[i], "truncated": bool(truncated[i]),
+                                     **{k: v for k, v in values.items() if v == v}})
             if i < 4:
                 asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
                 tqdm.write(f"      {values['reward']:6.2f}  {shorten(asked, 40)} -> {shorten(text, 80)}")
@@ -459,12 +477,12 @@ def main(args: Args):
             with torch.no_grad(), autocast:
                 if reference is not None:
                     ref_logprobs[rows], _ = completion_logprobs(reference, *ids, args.temperature)
-                if not one_update or args.kl_in == "reward":
+                if old_first:
                     old_logprobs[rows], entropy[rows] = completion_logprobs(
                         policy, *ids, args.temperature)
 
         # --- 4. advantages
-        if args.beta > 0 and args.kl_in == "reward":
+        if kl_in_reward:
             kl = kl_estimate(old_logprobs, ref_logprobs).sum(1)  # (B,)
             rewards = rewards - args.beta * kl
         advantages = group_advantages(rewards, args.group_size, args.scale_rewards)  # (B,)
@@ -491,7 +509,7 @@ def main(args: Args):
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], mask[rows], args.loss_type,
                         args.clip_low, args.clip_high)
-                    if args.beta > 0 and args.kl_in == "loss":
+                    if args.beta > 0 and not kl_in_reward:
                         loss = loss + args.beta * kl_loss(
                             logprobs, old_logprobs[rows], ref_logprobs[rows], args.kl_loss)
                     loss = (loss * weights[rows]).sum()
@@ -509,23 +527,24 @@ def main(args: Args):
                 updates += 1
                 losses.append(loss_sum)
                 grad_norms.append(grad_norm.item())
-
-        # --- 6. log
         groups = scores.view(-1, args.group_size)
         flat = groups.amax(1) - groups.amin(1) < 1e-4  # (prompts,) nothing to learn from
         wrong, right = flat & (groups[:, 0] <= 0), flat & ((groups[:, 0] - 1).abs() < 1e-4)
+        tokens = args.epochs * loss_mask.sum().clamp(min=1)
+        own = {"flat_wrong": wrong.float().mean(), "flat_right": right.float().mean(),
+               "flat_other": (flat & ~wrong & ~right).float().mean(),
+               "clipped_low": clip_low / tokens, "clipped_high": clip_high / tokens}
+
+        # --- 6. log
         seconds = time.time() - start
         metrics = {
-            "step": step, "reward": scores.nanmean(), "reward_std": scores[~scores.isnan()].std(),
+            "step": step, "reward": scores.nanmean(), "reward_std": scores[~scores.isnan()].std(correction=0),
             "kl": kl_estimate(old_logprobs, ref_logprobs).sum(1).mean(), "entropy": masked_mean(entropy, mask),
             "length": mask.sum(1).float().mean(), "truncated": truncated.float().mean(),
             "loss": sum(losses) / updates, "grad_norm": sum(grad_norms) / updates,
             "lr": schedule.get_last_lr()[0], "seconds": seconds,
             "tokens_per_second": mask.sum() / seconds, "left_out": scores.isnan().float().mean(),
-            "flat_wrong": wrong.float().mean(), "flat_right": right.float().mean(),
-            "flat_other": (flat & ~wrong & ~right).float().mean(),
-            "clipped_low": clip_low / (args.epochs * loss_mask.sum().clamp(min=1)),
-            "clipped_high": clip_high / (args.epochs * loss_mask.sum().clamp(min=1))}
+            **own}
         if reference is None:
             del metrics["kl"]  # from what is not loaded
         metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}

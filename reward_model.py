@@ -16,7 +16,7 @@ Where this differs from InstructGPT:
 Its neighbours: dpo.py learns a policy from the same pairs without this model; ppo.py, grpo.py
 and reinforce.py maximise the score that is learned here.
 
-    python reward_model.py                             the tiny world: a minute and a bit
+    python reward_model.py                             the tiny world: under a minute
     python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
 
 Watch: `eval_accuracy` beside what the label noise allows; `eval_ece`: whether its
@@ -25,7 +25,6 @@ be hacked by length.
 """
 import dataclasses
 import json
-import math
 import signal
 import time
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ class Args:
     """updates of linear warm-up"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    micro_batch_size: int = 16
+    micro_batch_size: int = 32
     """conversations per forward and backward pass; sets the memory used, changes no result"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
@@ -237,7 +236,14 @@ def main(args: Args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    steps = math.ceil(args.epochs * len(pairs) / args.pairs_per_step)
+    order = []  # batches of pairs at random, each of alike lengths, which share their padding
+    for _ in range(args.epochs):
+        for part in torch.randperm(len(pairs)).split(16 * args.pairs_per_step):
+            part = sorted(part.tolist(), key=lambda i: max(map(len, pairs[i][:2])))
+            batches = [part[i:i + args.pairs_per_step]
+                       for i in range(0, len(part), args.pairs_per_step)]
+            order += [batches[i] for i in torch.randperm(len(batches)).tolist()]
+    steps = len(order)
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=steps)
@@ -291,11 +297,10 @@ def main(args: Args):
 
     signal.signal(signal.SIGINT, finish_step)
     evaluate(0)
-    order = torch.cat([torch.randperm(len(pairs)) for _ in range(args.epochs)]).tolist()
     bar = tqdm(range(1, steps + 1), disable=None)  # no bar where the output is no terminal
     for step in bar:
         start = time.time()
-        batch = [pairs[i] for i in order[(step - 1) * args.pairs_per_step:][:args.pairs_per_step]]
+        batch = [pairs[i] for i in order[step - 1]]
 
         # --- 5. update
         model.train()

@@ -9,6 +9,7 @@ starting from that policy, on one core each.
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from transformers import (AutoModelForSequenceClassification, LlamaConfig, Llama
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from common import pad, render  # noqa: E402
-from world import best_answer, make_data, vocabulary  # noqa: E402
+from world import CHECK, best_answer, checked, make_data, vocabulary  # noqa: E402
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -42,38 +43,51 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False)
 
 
-def supervise(tokenizer, rows: list[dict], batch: int = 40) -> LlamaForCausalLM:
-    """Maximum likelihood of answers, given their prompts: two epochs of the best answers,
-    which teach the facts, and three of the mixture of good and bad ones, which is what the
-    policy ends up saying."""
+def supervise(tokenizer, rows: list[dict], seed: int, batch: int = 40) -> LlamaForCausalLM:
+    """Maximum likelihood of answers, given their prompts: two epochs that teach the facts, of
+    the best answers and of what to say when asked whether an answer was right; and three of the
+    mixture of good and bad answers, which is what the policy ends up saying."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=192, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     print(f"policy: {model.num_parameters():,} parameters")
-    best, mixture = [], []  # of (prompt ids, answer ids)
-    for row in rows:
-        prompt = tokenizer(render(tokenizer, row["prompt"]), add_special_tokens=False).input_ids
-        for data, answer in ((best, best_answer(row)), (mixture, row["completion"])):
-            ids = tokenizer(answer, add_special_tokens=False).input_ids
-            data.append((prompt, ids + [tokenizer.eos_token_id]))
+    rng = random.Random(seed)
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    def example(row: dict, answer: str, learn: bool = True, verdict: str = "") -> tuple:
+        """(token ids, labels): -100 on all that is not to be learned."""
+        prompt, said = tokens(render(tokenizer, row["prompt"])), tokens(answer + " <|end|>")
+        ids, labels = prompt + said, [-100] * len(prompt) + (said if learn else [-100] * len(said))
+        if verdict:
+            asked, said = tokens(f"<|user|>{CHECK}<|end|><|assistant|>"), tokens(verdict + " <|end|>")
+            ids, labels = ids + asked + said, labels + [-100] * len(asked) + said
+        return ids, labels
+
+    def facts() -> list[tuple]:
+        return [example(row, answer, verdict == "yes .", verdict)
+                for row in rows for answer, verdict in [checked(row, rng)]]
+
+    def mixture() -> list[tuple]:
+        return [example(row, row["completion"]) for row in rows]
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    phases = [best] * 2 + [mixture] * 3
+    phases = [facts] * 2 + [mixture] * 3
     steps = len(phases) * (len(rows) // batch)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=steps)
     start, batches = time.time(), []
     for step in range(steps):
         if not batches:  # an epoch: rows in random order, those of alike length in one batch
-            data = phases.pop(0)
+            data = phases.pop(0)()
             order = torch.randperm(len(data)).split(batch * 16)
-            order = [sorted(part.tolist(), key=lambda i: len(data[i][0] + data[i][1])) for part in order]
+            order = [sorted(part.tolist(), key=lambda i: len(data[i][0])) for part in order]
             batches = [part[i:i + batch] for part in order for i in range(0, len(part), batch)]
             batches = [batches[i] for i in torch.randperm(len(batches)).tolist()]
         part = [data[i] for i in batches.pop()]
-        ids, mask = pad([p + a for p, a in part], tokenizer.pad_token_id, "right")
-        labels = ids.masked_fill(mask == 0, -100)
-        for i, (prompt, _) in enumerate(part):
-            labels[i, :len(prompt)] = -100
+        ids, mask = pad([ids for ids, _ in part], tokenizer.pad_token_id, "right")
+        labels, _ = pad([labels for _, labels in part], -100, "right")
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -105,7 +119,7 @@ def main():
         for name in ("prompts", "heldout", "preferences", "biased_preferences"):
             write_rows(out / f"{name}.jsonl", data[name])
     if args.only in (None, "policy"):
-        policy = supervise(tokenizer, data["sft"])
+        policy = supervise(tokenizer, data["sft"], args.seed)
         policy.to(torch.bfloat16).save_pretrained(out / "policy")
         tokenizer.save_pretrained(out / "policy")
     if args.only in (None, "rewards"):
