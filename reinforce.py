@@ -1,0 +1,534 @@
+"""REINFORCE (Williams 1992) and its kin for language models: RLOO (Ahmadian et al. 2024,
+arXiv:2402.14740), ReMax (Li et al. 2023, arXiv:2310.10505), REINFORCE++ (Hu 2025,
+arXiv:2501.03262).
+
+Takes a whole completion as one action, and raises its log-prob by how much better it scored than
+a baseline: there is no critic. Over prompts x and completions y:
+
+    maximise   E[ r(x, y) - beta * KL ]       by the gradient   E[ A * grad log pi(y | x) ]
+    A = R - b     R = r - beta * log( pi(y | x) / pi_ref(y | x) )     log pi(y | x): all tokens' sum
+    b = 0, or the group's mean, or that of the group's others (leave-one-out: RLOO), or the mean
+        of the steps before, or the score of the greedy completion (ReMax)
+
+Where this differs from the papers:
+ 1. RLOO's authors take one update a rollout; for more, the gradient is weighted by the completion's
+    ratio pi(y | x) / pi_old(y | x), and where PPO's clip would stop it, stopped.
+ 2. ReMax samples one completion a prompt; here the group shares one greedy completion.
+ 3. REINFORCE++ is `--kl-in token --normalise`, its value-free token returns normalised over the
+    rollout; its own code clips each token's ratio, here the completion's.
+With any baseline but the mean, the gradient is unbiased (README.md has its variance under each);
+the mean over a group that includes y itself shrinks the reward's part of it to (G - 1) / G.
+Neighbours: grpo.py divides by the group's spread and takes the mean over tokens, ppo.py learns a
+critic.
+
+    python reinforce.py                                the tiny world: a minute on a laptop
+    python reinforce.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
+
+Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without
+the first is reward hacking; `kl`: how far the policy went for it; `advantage_std`: what the
+baseline leaves, which is the noise of the gradient.
+"""
+import dataclasses
+import inspect
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, get_scheduler,
+                          logging)
+
+from common import (completion_logprobs, context_of, encode_prompts, fail, kl_estimate, load_model,
+                    load_reward, load_tokenizer, masked_mean, masked_whiten, micro_batches, pad,
+                    read_prompts)
+
+
+# --- arguments
+
+@dataclass
+class Args:
+    model: str = "tiny/policy"
+    """the policy to start from, and the reference: a causal LM's folder or hub id"""
+    reward: str = "tiny/reward_model"
+    """a one-label reward model's folder or hub id, or file.py:function"""
+    gold: str = ""
+    """what evaluation scores beside it and training never sees, likewise (tiny world: its gold
+    reward)"""
+    data: str = "tiny/prompts.jsonl"
+    """rows of prompts: a .jsonl or .jsonl.gz file, or a hub data set
+    owner/name[:config][:split]"""
+    eval_data: str = ""
+    """held-out rows (tiny world: its own; otherwise the last --eval-prompts rows of --data,
+    held out)"""
+    prompt_column: str = "prompt"
+    """the column that holds the prompt: a text, or chat messages"""
+    run_dir: str = ""
+    """a new folder for metrics, samples and the trained model (runs/SCRIPT-DATE-TIME)"""
+    seed: int = 0
+
+    steps: int = 40
+    """rollouts to train for (real models: 200 to 2000)"""
+    prompts_per_step: int = 16
+    """prompts a rollout (128 to 512)"""
+    group_size: int = 16
+    """completions of each prompt (8 to 64)"""
+    max_new_tokens: int = 48
+    """longest completion, in tokens (256 to 8192)"""
+    max_prompt_tokens: int = 0
+    """leave out rows with longer prompts, and count them (0: a prompt too long for the model
+    is an error)"""
+    temperature: float = 1.0
+    """of sampling and of the log-probs alike (0.7 to 1.0)"""
+    top_p: float = 1.0
+    """nucleus sampling; below 1 the log-probs are those of another distribution than was
+    sampled from"""
+    truncated: Literal["keep", "mask", "penalise"] = "keep"
+    """completions cut at --max-new-tokens: as they are; out of the loss; or less
+    --truncation-penalty"""
+    truncation_penalty: float = 1.0
+    """in units of reward"""
+
+    beta: float = 0.04
+    """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded)"""
+    lr: float = 4e-4
+    """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """after the warm-up, for the rest of the updates"""
+    warmup: int = 0
+    """updates of linear warm-up (0 to 20)"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    micro_batch_size: int = 128
+    """completions per forward and backward pass; sets the memory used, changes no result (1 to
+    64)"""
+    generate_batch_size: int = 512
+    """completions sampled at a time; sets the memory used"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32
+    elsewhere"""
+    device: str = "auto"
+    """auto: a GPU where there is one"""
+
+    log_every: int = 5
+    """steps between printed lines"""
+    eval_every: int = 20
+    """steps between evaluations; there is one before the first step and one after the last (0:
+    none)"""
+    eval_prompts: int = 128
+    """held-out prompts, one completion each"""
+
+    # --- arguments of the algorithm
+    epochs: int = 1
+    """passes over a rollout (1)"""
+    minibatches: int = 1
+    """updates a pass (1 to 4); the rollout's completions are dealt out to them at random"""
+    baseline: Literal["none", "mean", "moving", "loo", "greedy"] = "loo"
+    """what is taken off the reward: nothing, the group's mean, the mean of the steps before, the
+    mean of the group's others (RLOO), or the greedy completion's score (ReMax)"""
+    moving_decay: float = 0.9
+    """how much of the moving baseline a step keeps"""
+    kl_in: Literal["completion", "token"] = "completion"
+    """a token answers for the KL of the whole completion, or for its own and what follows"""
+    normalise: bool = False
+    """advantages to mean 0 and variance 1 over the rollout's tokens (REINFORCE++)"""
+    clip_low: float = 0.2
+    """the completion's ratio stops the gradient below 1 - this (only with more than one update)"""
+    clip_high: float = 0.2
+    """the completion's ratio stops the gradient above 1 + this"""
+
+
+# --- the algorithm
+
+def baseline_of(rewards, group_size: int, kind: str, moving: float = 0.0, greedy=None):
+    """What is taken off each completion's reward, (B,).
+
+    rewards (B,): groups follow one another; nan leaves a completion out of the means.
+    moving: the mean reward of the steps before. greedy (B,): the score of the prompt's greedy
+    completion (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, eq. 8). All but `mean` are
+    independent of the completion itself, so that they take nothing off the expected gradient.
+    """
+    groups = rewards.view(-1, group_size)  # (prompts, G)
+    if kind == "mean":
+        return groups.nanmean(1, keepdim=True).expand_as(groups).reshape(-1)
+    if kind == "loo":
+        others = (~groups.isnan()).sum(1, keepdim=True) - 1  # (prompts, 1)
+        baseline = (groups.nansum(1, keepdim=True) - groups) / others.clamp(min=1)
+        return torch.where(others > 0, baseline, groups).view(-1)  # alone, it teaches nothing
+    if kind == "greedy":
+        return greedy
+    return torch.full_like(rewards, moving if kind == "moving" else 0.0)
+
+
+def token_advantages(rewards, baseline, kl, mask, beta: float, kl_in: str, normalise: bool):
+    """The advantage of each token, (B, T).
+
+    rewards, baseline (B,): where the KL is the completion's, it is in both already. kl (B, T):
+    per-token log-ratios to the reference. token: A_t = r - b - beta * (KL of t and all after),
+    the exact gradient too, for a token has no say in the KL before it (REINFORCE++, eq. 5).
+    nan rewards get advantage 0.
+    """
+    advantages = (rewards - baseline)[:, None] * mask  # (B, T)
+    if kl_in == "token":
+        advantages = advantages - beta * (kl * mask).flip(1).cumsum(1).flip(1)
+    valid = mask * ~rewards.isnan()[:, None]
+    advantages = torch.where(valid > 0, advantages, 0.0)
+    return masked_whiten(advantages, valid) if normalise else advantages
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low: float, clip_high: float):
+    """The loss of each token, and whether the clip stops it below or above: three (B, T).
+
+    All (B, T). Its gradient is -ratio * A * grad log pi, with one ratio a completion, the
+    importance weight of what an older policy sampled: 1 on the first update. It is stopped
+    where PPO's clip has no gradient (arXiv:1707.06347, eq. 7).
+    """
+    ratio = ((logprobs - old_logprobs) * mask).sum(1, keepdim=True).exp().detach()  # (B, 1)
+    low, high = (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
+    return -torch.where(low | high, 0.0, ratio * advantages) * logprobs * mask, low, high
+
+
+# --- sampling
+
+@torch.no_grad()
+def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[int], pad_id: int,
+             generator):
+    """Samples group_size completions of each prompt: completion_ids and mask, two (B,
+    longest).
+
+    prompt_ids, prompt_mask (prompts, P), padded on the left. mask is 1 up to and including the
+    first of the `ends`. generator: None takes the likeliest token each time. A prompt is read
+    once for its group, and a finished row costs nothing more.
+    """
+    model.eval()
+    name = inspect.signature(model.forward).parameters  # transformers renamed past_key_values
+    name = "cache" if "cache" in name else "past_key_values"
+    cache = DynamicCache(config=model.config)
+    position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
+    logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
+                   use_cache=True, logits_to_keep=1, **{name: cache}).logits[:, -1]
+    cache.batch_repeat_interleave(group_size)
+    logits = logits.repeat_interleave(group_size, 0)  # (B, V)
+    attention = prompt_mask.repeat_interleave(group_size, 0)  # (B, P), grows by a column a token
+    position = position[:, -1:].repeat_interleave(group_size, 0)  # (B, 1)
+    rows = torch.arange(len(logits), device=logits.device)  # the completions still being written
+    completion_ids = torch.full((len(rows), args.max_new_tokens), pad_id, device=logits.device)
+    mask = torch.zeros_like(completion_ids)
+    ends = torch.tensor(ends, device=logits.device)
+    for t in range(args.max_new_tokens):
+        logits = logits.float() / args.temperature
+        if args.top_p < 1:
+            logits = TopPLogitsWarper(args.top_p)(None, logits)
+        if generator is None:
+            token = logits.argmax(-1, keepdim=True)  # (rows, 1)
+        else:
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)  # (rows, 1)
+        completion_ids[rows, t] = token[:, 0]
+        mask[rows, t] = 1
+        alive = ~torch.isin(token[:, 0], ends)
+        if t == args.max_new_tokens - 1 or not alive.any():
+            break
+        if not alive.all():
+            rows, token, attention = rows[alive], token[alive], attention[alive]
+            position = position[alive]
+            cache.batch_select_indices(alive.nonzero()[:, 0])
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
+        position = position + 1
+        logits = model(input_ids=token, attention_mask=attention, position_ids=position,
+                       use_cache=True, **{name: cache}).logits[:, -1]
+    return completion_ids, mask
+
+
+def main(args: Args):
+    # --- setup of the algorithm
+    if args.group_size < 2 and args.baseline in ("loo", "mean"):
+        fail(f"--group-size: --baseline {args.baseline} needs a group of 2 or more")
+    if not 0 <= args.moving_decay < 1:
+        fail("--moving-decay: must be at least 0 and below 1")
+    old_first = args.beta > 0 or args.epochs * args.minibatches > 1
+    moving = 0.0
+
+    # --- setup
+    for flag in ("steps", "eval_every", "warmup", "beta", "max_prompt_tokens"):
+        if getattr(args, flag) < 0:
+            fail(f"--{flag.replace('_', '-')}: must not be negative")
+    for flag in ("prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "epochs",
+                 "minibatches", "micro_batch_size", "generate_batch_size", "log_every", "eval_prompts"):
+        if not getattr(args, flag) > 0:
+            fail(f"--{flag.replace('_', '-')}: must be more than 0")
+    if not 0 < args.top_p <= 1:
+        fail("--top-p: must be more than 0 and at most 1")
+    if args.minibatches > args.prompts_per_step * args.group_size:
+        fail("--minibatches: more than there are completions in a rollout")
+    if args.top_p < 1:
+        print("warning: --top-p < 1 samples from another distribution than the one whose log-probs, "
+              "ratio and KL are computed: they are inexact")
+    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_dir.exists():
+        fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)  # of the samples
+
+    tiny = args.data == Args.data
+    args.eval_data = args.eval_data or ("tiny/heldout.jsonl" if tiny else "")
+    args.gold = args.gold or ("tiny/world.py:gold_reward" if tiny else "")
+    data = read_prompts(args.data, args.prompt_column)
+    if args.eval_data:
+        eval_data = read_prompts(args.eval_data, args.prompt_column)[:args.eval_prompts]
+    else:
+        data, eval_data = data[:-args.eval_prompts], data[-args.eval_prompts:]
+        if not data:
+            fail(f"{args.data}: {len(eval_data)} rows, which --eval-prompts {args.eval_prompts} holds "
+                 "out: lower it, or name --eval-data")
+    tokenizer = load_tokenizer(args.model)
+    policy, missing = load_model(AutoModelForCausalLM, args.model, device)
+    if missing:
+        fail(f"{args.model}: no causal LM: it has no weights for {', '.join(sorted(missing)[:3])}")
+    room = context_of(policy) - args.max_new_tokens
+    data, prompts = encode_prompts(tokenizer, data, args.data, room, args.max_prompt_tokens)
+    eval_data, eval_prompts = encode_prompts(tokenizer, eval_data, args.eval_data or args.data, room,
+                                             args.max_prompt_tokens)
+    ends = policy.generation_config.eos_token_id or []  # one, or a list: chat models end turns by more
+    ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    pad_id = tokenizer.pad_token_id
+    reference = None
+    if args.beta > 0:
+        reference, _ = load_model(AutoModelForCausalLM, args.model, device)
+        reference.eval().requires_grad_(False)
+    reward = load_reward(args.reward, device, args.micro_batch_size)
+    gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    updates_in_all = args.steps * args.epochs * args.minibatches
+    schedule = get_scheduler(
+        "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
+        num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
+    models = {"policy": policy, "reference": reference, "reward": getattr(reward, "model", None)}
+
+    # --- the run folder, sampling and evaluation
+    for name, model in models.items():  # what is held in memory, besides activations
+        if model is not None:
+            n, trained = model.num_parameters(), next(model.parameters()).requires_grad
+            print(f"{name:10} {n / 1e6:10.2f} M parameters {n * (16 if trained else 4) / 2**20:10.1f} MiB"
+                  f"  float32 weights{', gradients and two moments' if trained else ''}")
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
+    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+
+    def append(name: str, row: dict):
+        with open(run_dir / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def sample(some_prompts: list[list[int]], group_size: int, generator):
+        """Completions of some prompts: prompt_ids, prompt_mask (B, P), completion_ids, mask
+        (B, T), truncated (B,), and the B texts."""
+        prompt_ids, prompt_mask = pad(some_prompts, pad_id, "left", device)
+        at_once = max(1, args.generate_batch_size // group_size)
+        with autocast:  # one context for all tokens: the weights are cast once
+            parts = [generate(policy, ids, m, args, group_size, ends, pad_id, generator)
+                     for ids, m in zip(prompt_ids.split(at_once), prompt_mask.split(at_once))]
+        mask = torch.cat([m for _, m in parts])
+        lengths = mask.sum(1)  # (B,)
+        mask = mask[:, :lengths.max()]  # (B, T)
+        completion_ids = torch.cat([ids for ids, _ in parts])[:, :lengths.max()]  # (B, T)
+        last = completion_ids.gather(1, lengths[:, None] - 1)[:, 0]
+        truncated = ~torch.isin(last, torch.tensor(ends, device=device))  # (B,)
+        texts = tokenizer.batch_decode(
+            [ids[m.bool()] for ids, m in zip(completion_ids, mask)], skip_special_tokens=True)
+        repeat = [t.repeat_interleave(group_size, 0) for t in (prompt_ids, prompt_mask)]
+        return *repeat, completion_ids, mask, truncated, texts
+
+    first_texts, first_scores = [], None  # the reference's completions, and what judges a win
+
+    def evaluate(step: int):
+        """One completion of each held-out prompt, always with the same seed."""
+        nonlocal first_texts, first_scores
+        *ids, mask, truncated, texts = sample(
+            eval_prompts, 1, torch.Generator(device).manual_seed(args.seed))
+        scores = {"reward": reward(eval_data, texts)}  # (B,) each
+        if gold:
+            scores["gold"] = gold(eval_data, texts)
+        if reference is not None:
+            kl = torch.zeros(len(texts), device=device)
+            for rows in micro_batches(ids[1].sum(1) + mask.sum(1), args.micro_batch_size):
+                batch = *(t[rows] for t in ids), mask[rows]
+                with torch.no_grad(), autocast:
+                    kl[rows] = kl_estimate(*(completion_logprobs(m, *batch, args.temperature)[0]
+                                             for m in (policy, reference))).sum(1)
+            scores["kl"] = kl
+        judge = scores["gold" if gold else "reward"]
+        if first_scores is None:
+            first_texts, first_scores = texts, judge
+        ahead = judge - first_scores  # (B,) nan where one of the two is left out
+        wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
+        metrics = {"step": step} | {f"eval_{k}": round(v.nanmean().item(), 4) for k, v in scores.items()}
+        metrics |= {"eval_length": round(mask.sum(1).float().mean().item(), 2),
+                    "eval_win_rate": round(wins.mean().item(), 4)}
+        metrics = {k: v for k, v in metrics.items() if v == v}  # JSON has no nan: of no row at all
+        append("metrics.jsonl", metrics)
+        tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
+        for i, (row, text) in enumerate(zip(eval_data, texts)):
+            values = {k: round(v[i].item(), 4) for k, v in scores.items()}
+            append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
+                                     "reference": first_texts[i], "truncated": bool(truncated[i]),
+                                     **{k: v for k, v in values.items() if v == v}})
+            if i < 4:
+                asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+                tqdm.write(f"      {values['reward']:6.2f}  {shorten(asked, 40)} -> {shorten(text, 80)}")
+
+    def numbers_without_end():  # of prompts, each pass over the data in a new order
+        while True:
+            yield from torch.randperm(len(prompts)).tolist()
+
+    numbers = numbers_without_end()
+    interrupted = False
+
+    def finish_step(*_):
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    signal.signal(signal.SIGINT, finish_step)
+    if args.eval_every:
+        evaluate(0)
+    bar = tqdm(range(1, args.steps + 1), disable=None)  # no bar where the output is no terminal
+    for step in bar:
+        start = time.time()
+
+        # --- 1. generate
+        batch = [next(numbers) for _ in range(args.prompts_per_step)]
+        prompt_ids, prompt_mask, completion_ids, mask, truncated, texts = sample(
+            [prompts[i] for i in batch], args.group_size, generator)  # (B, P) x 2, (B, T) x 2, (B,)
+        lengths = prompt_mask.sum(1) + mask.sum(1)  # (B,) tokens, prompt and completion
+
+        # --- 2. score
+        scores = reward([data[i] for i in batch for _ in range(args.group_size)], texts)  # (B,)
+        if scores.isnan().all():
+            fail(f"--reward {args.reward}: left out every completion of step {step}")
+        rewards = scores.clone()
+        if args.truncated == "penalise":
+            rewards -= args.truncation_penalty * truncated
+        learn = ~rewards.isnan()  # (B,) a completion without a score, or masked, has no say in the loss
+        if args.truncated == "mask":
+            learn &= ~truncated
+        loss_mask = mask * learn[:, None]  # (B, T); it stays in the group's mean, and in attention
+
+        # --- 3. kl
+        old_logprobs = torch.zeros(mask.shape, device=device)  # (B, T)
+        ref_logprobs, entropy = old_logprobs.clone(), old_logprobs.clone()  # (B, T)
+        for rows in micro_batches(lengths, args.micro_batch_size):
+            ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
+            with torch.no_grad(), autocast:
+                if reference is not None:
+                    ref_logprobs[rows], _ = completion_logprobs(reference, *ids, args.temperature)
+                if old_first:
+                    old_logprobs[rows], entropy[rows] = completion_logprobs(
+                        policy, *ids, args.temperature)
+
+        # --- 4. advantages
+        kl = kl_estimate(old_logprobs, ref_logprobs)  # (B, T)
+        if args.kl_in == "completion":
+            rewards = rewards - args.beta * kl.sum(1)  # (B,)
+        greedy = None
+        if args.baseline == "greedy":
+            *_, greedy_texts = sample([prompts[i] for i in batch], 1, None)
+            greedy = reward([data[i] for i in batch], greedy_texts)
+            greedy = greedy.nan_to_num(0.0).repeat_interleave(args.group_size)  # (B,)
+        baseline = baseline_of(rewards, args.group_size, args.baseline, moving, greedy)  # (B,)
+        mean = rewards.nanmean().item()
+        moving = mean if step == 1 else args.moving_decay * moving + (1 - args.moving_decay) * mean
+        advantages = token_advantages(rewards, baseline, kl, mask, args.beta, args.kl_in,
+                                      args.normalise)  # (B, T)
+
+        # --- 5. update
+        policy.train()
+        updates, losses, grad_norms = 0, [], []
+        clip_low = clip_high = 0.0
+        for _ in range(args.epochs):
+            for minibatch in torch.randperm(len(mask), device=device).chunk(args.minibatches):
+                completions = learn[minibatch].sum().clamp(min=1)
+                loss_sum = 0.0
+                for rows in micro_batches(lengths, args.micro_batch_size, minibatch):
+                    ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
+                    with autocast:
+                        logprobs, entropy_now = completion_logprobs(policy, *ids, args.temperature)
+                    if updates == 0:  # the policy is still the one that sampled: the ratio is 1
+                        old_logprobs[rows], entropy[rows] = logprobs.detach(), entropy_now
+                    loss, low, high = policy_loss(
+                        logprobs, old_logprobs[rows], advantages[rows], mask[rows],
+                        args.clip_low, args.clip_high)
+                    loss = (loss * loss_mask[rows]).sum() / completions
+                    loss.backward()
+                    loss_sum += loss.item()
+                    clip_low += (low * loss_mask[rows]).sum().item()
+                    clip_high += (high * loss_mask[rows]).sum().item()
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+                if not torch.isfinite(grad_norm):
+                    fail(f"step {step}: the gradient is not finite; the update was not made. "
+                         "Try a lower --lr, or --dtype float32")
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                updates += 1
+                losses.append(loss_sum)
+                grad_norms.append(grad_norm.item())
+        tokens = args.epochs * loss_mask.sum().clamp(min=1)
+        off = (advantages - masked_mean(advantages, loss_mask)).square()
+        own = {"advantage_std": masked_mean(off, loss_mask).sqrt(), "baseline": baseline.nanmean(),
+               "clipped_low": clip_low / tokens, "clipped_high": clip_high / tokens}
+
+        # --- 6. log
+        seconds = time.time() - start
+        metrics = {
+            "step": step, "reward": scores.nanmean(), "reward_std": scores[~scores.isnan()].std(correction=0),
+            "kl": kl_estimate(old_logprobs, ref_logprobs).sum(1).mean(), "entropy": masked_mean(entropy, mask),
+            "length": mask.sum(1).float().mean(), "truncated": truncated.float().mean(),
+            "loss": sum(losses) / updates, "grad_norm": sum(grad_norms) / updates,
+            "lr": schedule.get_last_lr()[0], "seconds": seconds,
+            "tokens_per_second": mask.sum() / seconds, "left_out": scores.isnan().float().mean(),
+            **own}
+        if reference is None:
+            del metrics["kl"]  # from what is not loaded
+        metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}
+        append("metrics.jsonl", metrics)
+        shown = {k: f"{metrics[k]:.3g}" for k in ("reward", "kl", "length", "seconds") if k in metrics}
+        bar.set_postfix(shown)
+        if step % args.log_every == 0:
+            tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
+            evaluate(step)
+        if interrupted:
+            break
+    policy.save_pretrained(run_dir / "checkpoint")
+    tokenizer.save_pretrained(run_dir / "checkpoint")
+    print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
+          f"the policy is in {run_dir / 'checkpoint'}")
+
+
+def shorten(text: str, width: int) -> str:
+    text = " / ".join(text.split("\n"))
+    return text if len(text) <= width else text[:width - 1] + "…"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
