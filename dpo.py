@@ -113,7 +113,7 @@ class Args:
     last"""
     eval_pairs: int = 600
     """held-out pairs, where --eval-data names none"""
-    eval_prompts: int = 128
+    eval_prompts: int = 300
     """prompts that evaluation has answered, one completion each (0: none)"""
     max_new_tokens: int = 48
     """longest of those completions, in tokens"""

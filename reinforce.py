@@ -71,7 +71,7 @@ class Args:
     """a new folder for metrics, samples and the trained model (runs/SCRIPT-DATE-TIME)"""
     seed: int = 0
 
-    steps: int = 40
+    steps: int = 50
     """rollouts to train for (real models: 200 to 2000)"""
     prompts_per_step: int = 16
     """prompts a rollout (128 to 512)"""
@@ -118,10 +118,10 @@ class Args:
 
     log_every: int = 5
     """steps between printed lines"""
-    eval_every: int = 20
+    eval_every: int = 25
     """steps between evaluations; there is one before the first step and one after the last (0:
     none)"""
-    eval_prompts: int = 128
+    eval_prompts: int = 300
     """held-out prompts, one completion each"""
 
     # --- arguments of the algorithm

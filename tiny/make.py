@@ -3,7 +3,7 @@
 
 The data and the tokenizer come out the same on any machine, bit for bit; the weights on the
 same machine. The policy is a small Llama, fine-tuned on good and bad answers; the two reward
-models are what `python reward_model.py --epochs 2` makes of the fair and of the biased labels,
+models are what `python reward_model.py --epochs 3` makes of the fair and of the biased labels,
 starting from that policy, on one core each.
 """
 import argparse
@@ -128,7 +128,7 @@ def main():
             running = [subprocess.Popen(  # both at once, a core each
                 [sys.executable, root / "reward_model.py", "--model", out / "policy", "--data",
                  out / f"{labels}.jsonl", "--run-dir", f"{runs}/{name}", "--device", "cpu",
-                 "--epochs", "2"],
+                 "--epochs", "3"],
                 cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"})
                 for name, labels in names.items()]
             if any([process.wait() for process in running]):
