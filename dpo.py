@@ -14,7 +14,8 @@ Where this differs from the papers:
  1. The reference is the initial policy; DPO's authors first train it on the chosen answers, which
     --sft-weight does on the way (Pang et al. 2024, arXiv:2404.19733).
  2. IPO has sums of log-probs, as in its paper's eq. 17. TRL takes their means, which is
-    `--length-normalise` here: beta then is per token, and ten to a hundred times smaller.
+    `--length-normalise` here: the same beta then counts for as many times less as an answer
+    has tokens, so it is to be that many times larger.
  3. An answer ends with one end-of-sequence token, which counts; one that is cut has none.
 Neighbours: reward_model.py learns the same reward as a model of its own; grpo.py, ppo.py and
 reinforce.py maximise that.
