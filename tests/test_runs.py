@@ -11,14 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification)
 
 import common
+import dpo
 import grpo
+import ppo
+import reinforce
 import reward_model
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce, "dpo": dpo, "reward_model": reward_model}
+ONLINE = ["grpo", "ppo", "reinforce"]
 SMALL = dict(steps=2, prompts_per_step=3, group_size=4, max_new_tokens=12, eval_prompts=8,
              micro_batch_size=5, log_every=1, device="cpu")
 
@@ -47,11 +53,13 @@ def fails(capsys, main, args) -> str:
     return error
 
 
-@pytest.mark.parametrize("script", ["grpo.py", "reward_model.py"])
-def test_help_names_every_flag(script):
-    out = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True).stdout
-    args = {"grpo.py": grpo.Args, "reward_model.py": reward_model.Args}[script]
-    for field in dataclasses.fields(args):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tyro.cli(SCRIPTS[script].Args, description=SCRIPTS[script].__doc__, args=["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in dataclasses.fields(SCRIPTS[script].Args):
         assert f"--{field.name.replace('_', '-')}" in out
 
 
@@ -60,6 +68,31 @@ def test_a_misspelt_flag_is_named_and_nothing_runs(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and "--group-sise" in done.stderr and "--group-size" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["ppo", "reinforce"])
+def test_runs_of_the_others_leave_the_same(script, tmp_path, capsys):
+    main, Args = SCRIPTS[script].main, SCRIPTS[script].Args
+    main(Args(**(SMALL | {"run_dir": str(tmp_path / "run")})))
+    log = rows(tmp_path / "run/metrics.jsonl")
+    steps, evals = [r for r in log if "loss" in r], [r for r in log if "eval_reward" in r]
+    assert [r["step"] for r in steps] == [1, 2] and [r["step"] for r in evals] == [0, 2]
+    named = {"step", "reward", "reward_std", "kl", "entropy", "length", "truncated", "loss", "grad_norm", "lr",
+             "seconds", "tokens_per_second", "left_out"}
+    named |= {"ppo": {"beta", "value_loss", "value", "explained_variance", "updates", "approx_kl_k1", "approx_kl",
+                      "clipped_low", "clipped_high"},
+              "reinforce": {"advantage_std", "baseline", "clipped_low", "clipped_high"}}[script]
+    assert steps[0].keys() == named
+    assert evals[0].keys() == {"step", "eval_reward", "eval_gold", "eval_kl", "eval_length", "eval_win_rate"}
+    assert steps[0]["kl"] == 0 and evals[0]["eval_kl"] == 0 and evals[0]["eval_win_rate"] == 0.5
+    assert steps[1]["kl"] != 0 and len(rows(tmp_path / "run/samples.jsonl")) == 2 * 8
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+    before = AutoModelForCausalLM.from_pretrained("tiny/policy", dtype=torch.float32)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+    assert AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint").chat_template
+    out = capsys.readouterr().out  # what is in memory, model by model
+    models = ["policy", "reference", "reward"] + ["critic"] * (script == "ppo")
+    assert [line.split()[0] for line in out.splitlines() if "M parameters" in line] == models
 
 
 def test_a_run_leaves_metrics_samples_and_an_ordinary_model(tmp_path):
@@ -178,23 +211,38 @@ def test_sampled_rows_agree_with_the_plain_forward_pass(monkeypatch):
 
 
 def test_a_copied_file_runs_in_an_empty_folder(tmp_path):
-    for name in ("grpo.py", "common.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    data = write(tmp_path / "rows.jsonl", *[{"prompt": f"what is {w} ?"} for w in "a b c d e f".split()])
-    (tmp_path / "my.py").write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
-    done = subprocess.run(
-        [sys.executable, "grpo.py", "--model", ROOT / "tiny/policy", "--reward", "my.py:short", "--data", data,
-         "--eval-prompts", "2", "--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--run-dir", "out"],
-        cwd=tmp_path, capture_output=True, text=True)
+    """One script and common.py. (One process for all of them: most of its time is imports.)"""
+    run = ["import os, runpy, sys"]
+    for script in ("grpo", "ppo", "reinforce", "dpo"):
+        folder = tmp_path / script
+        folder.mkdir()
+        for name in (f"{script}.py", "common.py"):
+            shutil.copy(ROOT / name, folder)
+        write(folder / "rows.jsonl", *[{"prompt": f"what is {w} ?", "chosen": "yes .", "rejected": "no ."}
+                                       for w in "a b c d e f".split()])
+        (folder / "my.py").write_text("def short(completions, **columns):\n    return [-len(c) for c in completions]\n")
+        flags = ["--eval-pairs", "2"] if script == "dpo" else [
+            "--reward", "my.py:short", "--steps", "1", "--prompts-per-step", "2", "--group-size", "2"]
+        flags += ["--model", str(ROOT / "tiny/policy"), "--data", "rows.jsonl", "--eval-prompts", "2",
+                  "--max-new-tokens", "8", "--run-dir", "out"]
+        run += [f"os.chdir({str(folder)!r}); sys.path[0] = {str(folder)!r}", f"sys.argv = {[script, *flags]}",
+                f"runpy.run_path('{script}.py', run_name='__main__')"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(run)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/checkpoint/model.safetensors").is_file()
+    assert len(list(tmp_path.glob("*/out/checkpoint/model.safetensors"))) == 4
 
 
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
+@pytest.mark.parametrize("script", ["grpo", "dpo"])  # the loop's ends of the others are grpo.py's
+def test_ctrl_c_finishes_the_step_and_saves(script, tmp_path):
+    flags = ["--epochs", "50", "--eval-pairs", "8", "--pairs-per-step", "2", "--reference-dir", tmp_path / "ref"
+             ] if script == "dpo" else ["--steps", "500", "--prompts-per-step", "2", "--group-size", "2"]
+    if script == "dpo":
+        lines = Path("tiny/preferences.jsonl").read_text().splitlines()[:40]
+        flags += ["--data", write(tmp_path / "pairs.jsonl", *lines)]
     process = subprocess.Popen(
-        [sys.executable, "grpo.py", "--steps", "500", "--prompts-per-step", "2", "--group-size", "2",
-         "--eval-prompts", "2", "--log-every", "1", "--run-dir", tmp_path / "run"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        [sys.executable, f"{script}.py", "--eval-prompts", "2", "--log-every", "1", "--run-dir", tmp_path / "run",
+         *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"})
     for line in process.stdout:
         if line.startswith("step"):
             process.send_signal(signal.SIGINT)
@@ -209,6 +257,21 @@ def test_none_leaves_a_completion_out(tmp_path):
     path.write_text("def half(completions, **c):\n    return [None if i % 2 else float(i) for i in range(len(completions))]\n")
     log = run_grpo(tmp_path, reward=f"{path}:half", eval_every=0)
     assert log[0]["left_out"] == 0.5
+
+
+@pytest.mark.parametrize("script", ONLINE)
+def test_rows_left_out_are_in_no_win_rate_and_no_nan_is_written(script, tmp_path):
+    """As JSON knows no NaN; a run whose evaluation scores nothing at all says nothing of it."""
+    path = tmp_path / "half.py"
+    path.write_text("def half(completions, **c):\n    return [None if i % 2 else 1.0 for i in range(len(completions))]\n"
+                    "def none(completions, **c):\n    return [None] * len(completions)\n")
+    for gold, rate in (("half", 0.5), ("none", None)):
+        args = dict(gold=f"{path}:{gold}", steps=0, run_dir=str(tmp_path / gold))
+        SCRIPTS[script].main(SCRIPTS[script].Args(**(SMALL | args)))
+        log = rows(tmp_path / gold / "metrics.jsonl")
+        assert log[0].get("eval_win_rate") == rate and ("eval_gold" in log[0]) == (rate is not None)
+        samples = (tmp_path / gold / "samples.jsonl").read_text()
+        assert "NaN" not in samples and samples.count('"gold"') == (4 if rate else 0)
 
 
 def test_flat_groups_are_told_apart(tmp_path):
@@ -259,6 +322,31 @@ def test_bad_input_gets_one_line_and_changes_nothing(name, tmp_path, capsys):
         assert all(p.read_bytes() == text for p, text in before.items())
 
 
+BAD_OF = {  # the algorithm's own flags, likewise
+    "ppo": [(dict(gamma=1.5), "--gamma"), (dict(lam=-0.1), "--lam"), (dict(value_clip=-1.0), "--value-clip"),
+            (dict(critic_lr=0.0), "--critic-lr"), (dict(kl_target=6.0, beta=0.0), "--kl-target"),
+            (dict(critic="tiny/none"), "tiny/none: no such model folder"), (dict(target_kl=-1.0), "--target-kl")],
+    "reinforce": [(dict(group_size=1), "--group-size: --baseline loo"), (dict(moving_decay=1.0), "--moving-decay"),
+                  (dict(group_size=1, baseline="mean"), "--group-size: --baseline mean")]}
+
+
+@pytest.mark.parametrize("script, changes, expected", [(s, *case) for s in BAD_OF for case in BAD_OF[s]], ids=str)
+def test_bad_flags_of_an_algorithm(script, changes, expected, tmp_path, capsys):
+    main, Args = SCRIPTS[script].main, SCRIPTS[script].Args
+    assert expected in fails(capsys, main, Args(**(SMALL | {"run_dir": str(tmp_path / "run")} | changes)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_critic_with_other_words_is_refused(tmp_path, capsys):
+    shutil.copytree("tiny/reward_model", tmp_path / "other")
+    tokenizer = common.load_tokenizer("tiny/reward_model")
+    tokenizer.add_tokens(["zebraic"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    args = ppo.Args(**SMALL, critic=str(tmp_path / "other"), run_dir=str(tmp_path / "run"))
+    assert "its tokenizer is not the policy's" in fails(capsys, ppo.main, args)
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_labels_are_no_reward_model(tmp_path, capsys):
     tokenizer = common.load_tokenizer("tiny/policy")
     LlamaForSequenceClassification(LlamaConfig(
@@ -272,7 +360,7 @@ def test_two_labels_are_no_reward_model(tmp_path, capsys):
 def test_an_existing_run_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     write(tmp_path / "run/metrics.jsonl", "precious")
-    for script in (grpo, reward_model):
+    for script in SCRIPTS.values():
         assert "exists already" in fails(capsys, script.main, script.Args(run_dir=str(tmp_path / "run")))
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
     assert (tmp_path / "run/metrics.jsonl").read_text() == "precious\n"
