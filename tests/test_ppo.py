@@ -280,9 +280,12 @@ def test_without_a_critic_s_knowledge_the_first_step_is_reward_to_go(tmp_path, m
         seen.update(rewards=rewards, values=values, mask=mask, out=gae(rewards, values, mask, *rest))
         return seen["out"]
     monkeypatch.setattr(ppo, "gae", spy)
-    log = run(tmp_path, critic="tiny/policy", lam=1.0, steps=1)
+    log = run(tmp_path, critic="tiny/policy", lam=1.0, steps=1, epochs=1, whiten=False)
     assert seen["values"].abs().sum() == 0
-    A, _ = seen["out"]
+    A, R = seen["out"]
+    n = seen["mask"].sum()  # the losses are means over all tokens: the ratio is 1, the value 0
+    assert log[0]["loss"] == pytest.approx(-(A.sum() / n).item(), rel=1e-3)
+    assert log[0]["value_loss"] == pytest.approx((R.square().sum() / n / 2).item(), rel=1e-3)
     close(A, seen["rewards"].flip(1).cumsum(1).flip(1) * seen["mask"], rtol=1e-5, atol=1e-5)
     assert A[:, 0].mean().item() == pytest.approx(log[0]["reward"], rel=1e-3)  # the KL is still 0
     assert log[0]["explained_variance"] <= 0  # a critic that says 0 explains nothing
