@@ -70,7 +70,7 @@ class Args:
     """a new folder for metrics, samples and the trained model (runs/SCRIPT-DATE-TIME)"""
     seed: int = 0
 
-    steps: int = 50
+    steps: int = 40
     """rollouts to train for (real models: 200 to 2000)"""
     prompts_per_step: int = 16
     """prompts a rollout (128 to 512)"""
@@ -117,7 +117,7 @@ class Args:
 
     log_every: int = 5
     """steps between printed lines"""
-    eval_every: int = 25
+    eval_every: int = 20
     """steps between evaluations; there is one before the first step and one after the last (0:
     none)"""
     eval_prompts: int = 300
