@@ -749,7 +749,7 @@ def head_on_last_token(model, ids):
 
 
 ASKED = [{"prompt": "what is it ?"}, {"prompt": [{"role": "system", "content": "word ."},
-         {"role": "user", "content": "what is the word after yes ?"}]}, {"prompt": "is it"}]
+         {"role": "user", "content": "what is the word of yes ?"}]}, {"prompt": "is it"}]
 ANSWERS = ["the word is water", "no", "yes it is . you want it very much , yes ?"]
 
 

@@ -148,7 +148,7 @@ def with_tokenizer(tmp_path, change):
     return tmp_path / "model"
 
 
-PAIR = {"prompt": "what is one plus one ?", "chosen": " it is two .", "rejected": " no ."}
+PAIR = {"prompt": "what is green and green ?", "chosen": " it is white .", "rejected": " no ."}
 
 
 @pytest.mark.parametrize("written", ["", "<end>"])  # already in the text: still once

@@ -12,8 +12,8 @@ from test_runs import fails, rows, write
 
 SMALL = dict(pairs_per_step=8, eval_pairs=20, micro_batch_size=6, log_every=1, bias_prompts=16, max_new_tokens=16,
              device="cpu")
-PAIRS = [{"prompt": f"what is {a} plus {b} ?", "chosen": f"{a} plus {b} is {b} .", "rejected": f"it is {a} ."}
-         for a in "one two three four five six".split() for b in "one two three four five six".split() if a != b] * 2
+PAIRS = [{"prompt": f"what is {a} and {b} ?", "chosen": f"{a} and {b} is {b} .", "rejected": f"it is {a} ."}
+         for a in "green white black red yellow brown".split() for b in "green white black red yellow brown".split() if a != b] * 2
 
 
 def run(tmp_path, name="run", pairs=PAIRS, **changes):
@@ -63,17 +63,17 @@ def test_correlation_against_numpy():
 
 
 def test_a_run_learns_is_centred_and_loads_elsewhere(tmp_path):
-    log = run(tmp_path, epochs=4)
+    log = run(tmp_path, epochs=6)
     assert log[-1]["eval_accuracy"] > 0.9 > log[0]["eval_accuracy"]
     assert {"eval_ece", "eval_length_correlation"} <= log[-1].keys()
     folder = str(tmp_path / "run/checkpoint")
     reward = common.load_reward(folder, "cpu", 8)
-    good, bad = reward([{"prompt": "what is one plus two ?"}] * 2, ["one plus two is two .", "it is one ."])
+    good, bad = reward([{"prompt": "what is green and white ?"}] * 2, ["green and white is white .", "it is green ."])
     assert good > bad
     # the bias is in the config; a loader that does not know it loses that constant and nothing else
     bias = AutoConfig.from_pretrained(folder).reward_bias
     tokenizer, plain = common.load_tokenizer(folder), AutoModelForSequenceClassification.from_pretrained(folder)
-    text = common.render(tokenizer, "what is one plus two ?", "it is one .")
+    text = common.render(tokenizer, "what is green and white ?", "it is green .")
     logit = plain(torch.tensor(common.encode(tokenizer, [text]))).logits[0, 0]
     assert bias != 0 and (logit + bias).item() == pytest.approx(bad.item(), abs=1e-4)
 
@@ -108,14 +108,14 @@ def test_micro_batches_change_nothing(tmp_path):
 
 
 def test_equal_pairs_are_left_out_and_counted(tmp_path, capsys):
-    same = {"prompt": "what is one plus one ?", "chosen": "it is two .", "rejected": "it is two ."}
+    same = {"prompt": "what is green and green ?", "chosen": "it is white .", "rejected": "it is white ."}
     run(tmp_path, pairs=[same, same] + PAIRS)
     assert f"of {len(PAIRS) - 18} pairs, 0 cut" in (out := capsys.readouterr().out) and "2 left out" in out
 
 
 def test_pairs_equal_after_truncation_are_left_out(tmp_path, capsys):
     """What differs is lost with the beginning: nothing is left to choose between."""
-    early = {"prompt": "what is one plus one ?", "chosen": "two . " + "it is good . " * 30,
+    early = {"prompt": "what is green and green ?", "chosen": "white . " + "it is good . " * 30,
              "rejected": "one . " + "it is good . " * 30}
     run(tmp_path, pairs=[early] + PAIRS, max_tokens=40)
     out = capsys.readouterr().out

@@ -193,7 +193,7 @@ def test_sampled_rows_agree_with_the_plain_forward_pass(monkeypatch):
     tokenizer = common.load_tokenizer("tiny/policy")
     model, _ = common.load_model(AutoModelForCausalLM, "tiny/policy", "cpu")
     prompts = common.encode(tokenizer, [common.render(tokenizer, p) for p in (
-        "what is the capital of france ?", "how do i make tea ?", "what is two plus two ?")])
+        "what is the capital of france ?", "how do i make tea ?", "what is the color of milk ?")])
     ids, mask = common.pad(prompts, tokenizer.pad_token_id, "left")
     picked, multinomial = [], torch.multinomial
     def spy(probs, n, generator):
