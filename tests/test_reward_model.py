@@ -12,8 +12,9 @@ from test_runs import fails, rows, write
 
 SMALL = dict(pairs_per_step=8, eval_pairs=20, micro_batch_size=6, log_every=1, bias_prompts=16, max_new_tokens=16,
              device="cpu")
+COLORS = "green white black red yellow brown".split()
 PAIRS = [{"prompt": f"what is {a} and {b} ?", "chosen": f"{a} and {b} is {b} .", "rejected": f"it is {a} ."}
-         for a in "green white black red yellow brown".split() for b in "green white black red yellow brown".split() if a != b] * 2
+         for a in COLORS for b in COLORS if a != b] * 2
 
 
 def run(tmp_path, name="run", pairs=PAIRS, **changes):
@@ -64,7 +65,7 @@ def test_correlation_against_numpy():
 
 def test_a_run_learns_is_centred_and_loads_elsewhere(tmp_path):
     log = run(tmp_path, epochs=6)
-    assert log[-1]["eval_accuracy"] > 0.9 > log[0]["eval_accuracy"]
+    assert log[-1]["eval_accuracy"] > 0.9 and log[-1]["eval_loss"] < 0.2 < log[0]["eval_loss"]
     assert {"eval_ece", "eval_length_correlation"} <= log[-1].keys()
     folder = str(tmp_path / "run/checkpoint")
     reward = common.load_reward(folder, "cpu", 8)
