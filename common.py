@@ -206,11 +206,11 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
     if len(kept) < len(rows):
         print(f"{path}: left out {len(rows) - len(kept)} of {len(rows)} rows: longer than {longest} tokens")
     if not kept:
-        fail(f"{path}: no row has a prompt of at most {longest} tokens: raise --max-prompt-tokens")
+        fail(f"{path}: no row has a prompt of at most {longest} tokens: raise that limit")
     for i in kept:
         if not 0 < len(prompts[i]) <= room:
             fail(f"{path}: row {i + 1}: its prompt has {len(prompts[i])} tokens, and the model's context has room "
-                 f"for {room} before an answer: lower --max-new-tokens, or leave it out by --max-prompt-tokens")
+                 f"for {room} before an answer: lower --max-new-tokens, or leave such rows out")
     return [rows[i] for i in kept], [prompts[i] for i in kept]
 
 
@@ -256,6 +256,9 @@ def load_model(auto_class, name: str, device, **config_changes):
     except Exception as error:
         fail(f"{name}: no {auto_class.__name__.removeprefix('AutoModelFor')} model loads from it: "
              f"{first_line(error)}")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # some heads have one that the config does not name
     return model.to(device), loading["missing_keys"]
 
 

@@ -45,9 +45,9 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, get_scheduler,
                           logging)
 
-from common import (completion_logprobs, context_of, encode, encode_prompts, fail, kl_estimate,
-                    load_model, load_reward, load_tokenizer, micro_batches, pad, read_pairs,
-                    read_prompts, render)
+from common import (completion_logprobs, context_of, encode, encode_prompts, fail, first_line,
+                    kl_estimate, load_model, load_reward, load_tokenizer, micro_batches, pad,
+                    read_pairs, read_prompts, render)
 
 
 # --- arguments
@@ -362,8 +362,12 @@ def main(args: Args):
             digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
         path = Path(args.reference_dir) / f"{digest.hexdigest()[:24]}.safetensors"
         if path.is_file():
+            try:
+                logprobs = load_file(path)["logprobs"].to(device)
+            except Exception as error:
+                fail(f"--reference-dir: {path} is damaged ({first_line(error)}): remove it")
             print(f"the reference's log-probs of {len(some_pairs)} pairs are those of {path}")
-            return load_file(path)["logprobs"].to(device)
+            return logprobs
         logprobs = torch.zeros(len(some_pairs), 2, device=device)
         for rows in tqdm(micro(some_pairs), desc="reference", disable=None):
             with torch.no_grad():

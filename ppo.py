@@ -16,8 +16,9 @@ Where this differs from the papers:
  2. There is no pretraining term (InstructGPT's PPO-ptx), and no bonus for entropy.
  3. A completion cut at --max-new-tokens ends there: nothing is estimated beyond it.
  4. The mean is over all tokens of an update, whitening over all tokens of a rollout.
-With an exact critic, gamma = lam = 1, one update and no whitening, the gradient is that of
-E[r] - beta * KL; README.md, "Where it converges".
+With gamma = 1, no whitening, and an exact critic or lam = 1, the gradient of one update is that of
+E[r] - beta * KL, in direction on large rollouts (the mean over tokens): README.md, "Where it
+converges".
 Neighbours: grpo.py compares with the group in place of the critic, reinforce.py takes the whole
 completion as one action.
 
@@ -235,15 +236,13 @@ def load_critic(name: str, device):
     from a causal LM, with a head of zeros."""
     critic, missing = load_model(AutoModelForTokenClassification, name, device, num_labels=1)
     head = critic.score if hasattr(critic, "score") else critic.classifier
-    if any(critic.get_parameter(key) is head.weight for key in missing):
+    new = [critic.get_parameter(key) for key in missing]
+    if any(weight is head.weight for weight in new):
         scorer, lacking = load_model(AutoModelForSequenceClassification, name, device, num_labels=1)
         torch.nn.init.zeros_(head.weight)
         if not lacking:  # its head has another name, as GPT-2's has
             head.weight.data.copy_(scorer.score.weight.data)
-    for module in critic.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # before the head there is one of 0.1 where the config names none
-    if head.bias is not None:
+    if any(weight is head.bias for weight in new):
         torch.nn.init.constant_(head.bias, getattr(critic.config, "reward_bias", 0.0))
     return critic
 
@@ -385,12 +384,15 @@ def main(args: Args):
     models = {"policy": policy, "reference": reference, "reward": getattr(reward, "model", None)}
 
     # --- critic
-    own_vocabulary = args.reward.endswith(".py") or ":" in args.reward or (
-        load_tokenizer(args.reward).get_vocab() != tokenizer.get_vocab())
-    critic_name = args.critic or (args.model if own_vocabulary else args.reward)
+    same_tokens = models["reward"] is not None and (
+        load_tokenizer(args.reward).get_vocab() == tokenizer.get_vocab())
+    critic_name = args.critic or (args.reward if same_tokens else args.model)
     if load_tokenizer(critic_name).get_vocab() != tokenizer.get_vocab():
         fail(f"--critic {critic_name}: its tokenizer is not the policy's, so it cannot read its tokens")
     critic = models["critic"] = load_critic(critic_name, device)
+    if context_of(critic) < context_of(policy):
+        fail(f"--critic {critic_name}: its context, {context_of(critic)} tokens, is shorter than the "
+             f"policy's, {context_of(policy)}")
     if args.gradient_checkpointing:
         critic.gradient_checkpointing_enable()
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=0.0)

@@ -451,13 +451,15 @@ def main(args: Args):
             rewards = rewards - args.beta * kl.sum(1)  # (B,)
         greedy = None
         if args.baseline == "greedy":
-            *_, greedy_texts = sample([prompts[i] for i in batch], 1, None)
-            greedy = reward([data[i] for i in batch], greedy_texts)
+            *_, cut, greedy_texts = sample([prompts[i] for i in batch], 1, None)
+            greedy = reward([data[i] for i in batch], greedy_texts)  # (prompts,)
+            if args.truncated == "penalise":
+                greedy -= args.truncation_penalty * cut
             greedy = greedy.nan_to_num(0.0).repeat_interleave(args.group_size)  # (B,)
         baseline = baseline_of(rewards, args.group_size, args.baseline, moving, greedy)  # (B,)
         mean = rewards.nanmean().item()
         moving = mean if step == 1 else args.moving_decay * moving + (1 - args.moving_decay) * mean
-        advantages = token_advantages(rewards, baseline, kl, mask, args.beta, args.kl_in,
+        advantages = token_advantages(rewards, baseline, kl, loss_mask, args.beta, args.kl_in,
                                       args.normalise)  # (B, T)
 
         # --- 5. update

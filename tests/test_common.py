@@ -555,7 +555,7 @@ def test_tokenizers_without_a_pad_token_get_one(tmp_path, fails):
 
 
 def test_prompts_that_are_too_long(tokenizer, fails, capsys):
-    """Left out and counted aloud above --max-prompt-tokens; no room to answer is an error."""
+    """Left out and counted aloud above the limit; no room to answer is an error."""
     rows = [{"prompt": "what is it"}, {"prompt": " ".join(["what"] * 10)}, {"prompt": "is"}]
     n = [3 + 3, 10 + 3, 1 + 3]  # of <|user|> … <|end|> <|assistant|>
     kept, prompts = common.encode_prompts(tokenizer, rows, "rows", room=13)
@@ -568,7 +568,7 @@ def test_prompts_that_are_too_long(tokenizer, fails, capsys):
     assert tokens == ["<|user|>", "what", "is", "it", "<|end|>", "<|assistant|>"]
     for room, longest, words in [
             (12, 0, "rows: row 2: its prompt has 13"), (3, 5, "rows: row 3"),
-            (99, 3, "--max-prompt-tokens"), (-5, 0, "rows: row 1")]:
+            (99, 3, "rows: no row has a prompt of at most 3 tokens"), (-5, 0, "rows: row 1")]:
         fails(lambda: common.encode_prompts(tokenizer, rows, "rows", room, longest), words)
 
 

@@ -357,3 +357,13 @@ def test_bad_input(tmp_path, capsys, changes, expected):
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("error: ") == 1 and expected in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_reference_cache_is_named(tmp_path, capsys):
+    run(tmp_path, "a", epochs=1)
+    for path in (tmp_path / "ref").iterdir():
+        path.write_bytes(b"no tensors")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "b", epochs=1)
+    error = capsys.readouterr().err
+    assert "--reference-dir" in error and "damaged" in error and not (tmp_path / "b").exists()

@@ -385,3 +385,13 @@ def test_ppo_learns_a_plain_reward(tmp_path):
               critic_lr=3e-3, max_new_tokens=16, micro_batch_size=64)
     assert sum(r["reward"] for r in log[-3:]) / 3 > sum(r["reward"] for r in log[:3]) / 3 + 0.1
     assert log[-1]["explained_variance"] > log[0]["explained_variance"]
+
+
+def test_a_critic_with_a_shorter_context_is_refused(tmp_path, capsys):
+    short, _ = common.load_model(AutoModelForSequenceClassification, "tiny/reward_model", "cpu")
+    short.config.max_position_embeddings = 16
+    short.save_pretrained(tmp_path / "short")
+    common.load_tokenizer("tiny/reward_model").save_pretrained(tmp_path / "short")
+    with pytest.raises(SystemExit):
+        run(tmp_path, critic=str(tmp_path / "short"))
+    assert "context, 16 tokens, is shorter" in capsys.readouterr().err

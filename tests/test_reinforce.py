@@ -203,6 +203,17 @@ def test_the_loss_is_a_mean_over_completions_of_sums_over_tokens(tmp_path, monke
     assert log[0]["loss"] == pytest.approx(seen[0].sum().item() / 4, rel=1e-3)
 
 
+def test_masked_completions_have_no_part_in_the_normalisation(tmp_path, monkeypatch):
+    """What is not learned from sets neither the mean nor the scale of what is."""
+    seen, advantages = {}, token_advantages
+    monkeypatch.setattr(reinforce, "token_advantages", lambda r, b, kl, mask, *a: seen.update(
+        mask=mask, A=advantages(r, b, kl, mask, *a)) or seen["A"])
+    log = run(tmp_path, truncated="mask", max_new_tokens=9, steps=1, normalise=True)
+    A = seen["A"][seen["mask"].bool()]
+    assert 0 < log[0]["truncated"] < 1 and (seen["mask"].sum(1) == 0).float().mean() == log[0]["truncated"]
+    assert A.mean().item() == pytest.approx(0, abs=1e-5) and log[0]["advantage_std"] == pytest.approx(1, abs=1e-2)
+
+
 def test_masked_completions_stay_in_the_baseline(tmp_path, monkeypatch):
     seen, baseline = {}, baseline_of
     monkeypatch.setattr(reinforce, "baseline_of", lambda r, *a: seen.update(r=r) or baseline(r, *a))

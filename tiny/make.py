@@ -1,5 +1,6 @@
-"""Rebuilds every file of the tiny world from one seed: python tiny/make.py [--out tiny]
-[--seed 0]
+"""Rebuilds every file of the tiny world from one seed:
+
+    python tiny/make.py [--out tiny] [--seed 0]
 
 The data and the tokenizer come out the same on any machine, bit for bit; the weights on the
 same machine. The policy is a small Llama, fine-tuned on good and bad answers; the two reward
