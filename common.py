@@ -6,6 +6,7 @@ right). A user's mistake ends in one line on stderr and exit code 2; see `fail`.
 """
 import gzip
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer,
+                          DynamicCache)
 
 
 def fail(message: str):
@@ -262,30 +264,72 @@ def load_model(auto_class, name: str, device, **config_changes):
     return model.to(device), loading["missing_keys"]
 
 
+def checkpoint_gradients(model):
+    """Activations are recomputed in the backward pass; transformers renamed the method."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 # --- log-prob helpers
+
+def completion_logits(model, prompt_ids, prompt_mask, completion_ids, mask):
+    """What the model's head says before each completion token: (B, T, V), or (B, T, 1) of a critic.
+
+    prompt_ids, prompt_mask (B, P); completion_ids, mask (B, T). Positions are counted from each
+    row's first token, so that padding changes nothing. Rows of one prompt, a group's or a pair's,
+    share its forward pass (and backward: gradients add up through the cache), and no logits exist
+    for the prompt's tokens.
+    """
+    P, T = prompt_ids.shape[1], completion_ids.shape[1]
+    ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]  # (B, P + T - 1)
+    attention = torch.cat([prompt_mask, mask], 1)[:, :-1]  # (B, P + T - 1)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    keep = "logits_to_keep" in inspect.signature(model.forward).parameters  # a critic's head is small
+
+    prompts, prompt_of = torch.cat([prompt_mask, prompt_ids], 1).unique(dim=0, return_inverse=True)
+    checkpointing = model.training and any(  # it forbids a cache
+        getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if P == 1 or len(prompts) == len(ids) or checkpointing:
+        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False,
+                       **{"logits_to_keep": T} if keep else {}).logits
+        return logits[:, logits.shape[1] - T:]
+    prompt_mask, prompt_ids = prompts[:, :P - 1], prompts[:, P:-1]  # (prompts, P - 1), each once
+    cache = DynamicCache(config=model.config)
+    model(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True,
+          position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0), **past(model, cache),
+          **{"logits_to_keep": 1} if keep else {})
+    cache.batch_select_indices(prompt_of)  # (B, ...)
+    return model(input_ids=ids[:, P - 1:], attention_mask=attention, position_ids=positions[:, P - 1:],
+                 use_cache=True, **past(model, cache)).logits
+
 
 def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
     """log pi(token | prompt, tokens before it) and the policy's entropy at each completion
     token, in nats.
 
-    prompt_ids, prompt_mask (B, P); completion_ids, mask (B, T). Returns two float32 (B, T), 0
-    where mask is 0; the entropy is detached. Padding that all rows share is trimmed, positions
-    are counted from each row's first token, so that padding changes nothing, and logits exist
-    for the completion's tokens only.
+    Arguments as completion_logits. Returns two float32 (B, T), 0 where mask is 0; the entropy is
+    detached. Padding that all rows share is trimmed.
     """
     width = completion_ids.shape[1]
-    P, T = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
-    completion_ids, mask = completion_ids[:, :T], mask[:, :T]
-    ids = torch.cat([prompt_ids[:, prompt_ids.shape[1] - P:], completion_ids], 1)  # (B, P + T)
-    attention = torch.cat([prompt_mask[:, prompt_mask.shape[1] - P:], mask], 1)  # (B, P + T)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False,
-                   logits_to_keep=T + 1).logits[:, :-1]  # (B, T, V): the logits at t - 1 predict token t
+    rows = trim(prompt_ids, prompt_mask, completion_ids, mask)
+    completion_ids, mask = rows[2:]  # (B, T)
+    logits = completion_logits(model, *rows)  # (B, T, V)
     log_softmax = (logits.float() / temperature).log_softmax(-1)
     logprobs = log_softmax.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1) * mask
     with torch.no_grad():
         entropy = -(log_softmax.exp() * log_softmax).sum(-1) * mask
-    return F.pad(logprobs, (0, width - T)), F.pad(entropy, (0, width - T))
+    return tuple(F.pad(x, (0, width - mask.shape[1])) for x in (logprobs, entropy))
+
+
+def trim(prompt_ids, prompt_mask, completion_ids, mask):
+    """The four without the padding that all rows share: on the left of prompts, on the right of
+    completions."""
+    P, T = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+    return prompt_ids[:, -P:], prompt_mask[:, -P:], completion_ids[:, :T], mask[:, :T]
+
+
+def past(model, cache) -> dict:
+    """The argument that hands a model its cache: transformers renamed past_key_values."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def micro_batches(lengths: torch.Tensor, size: int, rows: torch.Tensor | None = None) -> list[torch.Tensor]:

@@ -29,7 +29,6 @@ beside `accuracy`: overfitting.
 """
 import dataclasses
 import hashlib
-import inspect
 import json
 import signal
 import time
@@ -45,9 +44,9 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, get_scheduler,
                           logging)
 
-from common import (completion_logprobs, context_of, encode, encode_prompts, fail, first_line,
-                    kl_estimate, load_model, load_reward, load_tokenizer, micro_batches, pad,
-                    read_pairs, read_prompts, render)
+from common import (checkpoint_gradients, completion_logprobs, context_of, encode,
+                    encode_prompts, fail, first_line, kl_estimate, load_model, load_reward,
+                    load_tokenizer, micro_batches, pad, past, read_pairs, read_prompts, render)
 
 
 # --- arguments
@@ -189,12 +188,10 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
     once for its group, and a finished row costs nothing more.
     """
     model.eval()
-    name = inspect.signature(model.forward).parameters  # transformers renamed past_key_values
-    name = "cache" if "cache" in name else "past_key_values"
     cache = DynamicCache(config=model.config)
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
-                   use_cache=True, logits_to_keep=1, **{name: cache}).logits[:, -1]
+                   use_cache=True, logits_to_keep=1, **past(model, cache)).logits[:, -1]
     cache.batch_repeat_interleave(group_size)
     logits = logits.repeat_interleave(group_size, 0)  # (B, V)
     attention = prompt_mask.repeat_interleave(group_size, 0)  # (B, P), grows by a column a token
@@ -223,7 +220,7 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
         position = position + 1
         logits = model(input_ids=token, attention_mask=attention, position_ids=position,
-                       use_cache=True, **{name: cache}).logits[:, -1]
+                       use_cache=True, **past(model, cache)).logits[:, -1]
     return completion_ids, mask
 
 
@@ -322,7 +319,7 @@ def main(args: Args):
     reference.eval().requires_grad_(False)
     gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        checkpoint_gradients(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     order = []  # batches of pairs at random, each of alike lengths, which share their padding
     for _ in range(args.epochs):

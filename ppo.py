@@ -30,7 +30,6 @@ the first is reward hacking; `explained_variance`: near or below 0, the critic k
 `approx_kl` and `clipped_*`: how far one rollout's updates go.
 """
 import dataclasses
-import inspect
 import json
 import signal
 import time
@@ -46,9 +45,10 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           AutoModelForTokenClassification, DynamicCache, TopPLogitsWarper,
                           get_scheduler, logging)
 
-from common import (completion_logprobs, context_of, encode_prompts, fail, kl_estimate, load_model,
-                    load_reward, load_tokenizer, masked_mean, masked_whiten, micro_batches, pad,
-                    read_prompts)
+from common import (checkpoint_gradients, completion_logits, completion_logprobs, context_of,
+                    encode_prompts, fail, kl_estimate, load_model, load_reward,
+                    load_tokenizer, masked_mean, masked_whiten, micro_batches, pad, past,
+                    read_prompts, trim)
 
 
 # --- arguments
@@ -221,14 +221,9 @@ def completion_values(critic, prompt_ids, prompt_mask, completion_ids, mask):
     """The critic's value before each completion token, (B, T) float32, 0 where mask is 0; arguments
     as completion_logprobs."""
     width = completion_ids.shape[1]
-    P, T = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
-    completion_ids, mask = completion_ids[:, :T], mask[:, :T]
-    ids = torch.cat([prompt_ids[:, prompt_ids.shape[1] - P:], completion_ids], 1)  # (B, P + T)
-    attention = torch.cat([prompt_mask[:, prompt_mask.shape[1] - P:], mask], 1)  # (B, P + T)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    values = critic(input_ids=ids, attention_mask=attention, position_ids=positions,
-                    use_cache=False).logits[:, P - 1:-1, 0]  # (B, T): read before token t is written
-    return F.pad(values.float() * mask, (0, width - T))
+    rows = trim(prompt_ids, prompt_mask, completion_ids, mask)
+    values = completion_logits(critic, *rows)[..., 0].float() * rows[-1]  # (B, T)
+    return F.pad(values, (0, width - values.shape[1]))
 
 
 def load_critic(name: str, device):
@@ -260,12 +255,10 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
     once for its group, and a finished row costs nothing more.
     """
     model.eval()
-    name = inspect.signature(model.forward).parameters  # transformers renamed past_key_values
-    name = "cache" if "cache" in name else "past_key_values"
     cache = DynamicCache(config=model.config)
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
-                   use_cache=True, logits_to_keep=1, **{name: cache}).logits[:, -1]
+                   use_cache=True, logits_to_keep=1, **past(model, cache)).logits[:, -1]
     cache.batch_repeat_interleave(group_size)
     logits = logits.repeat_interleave(group_size, 0)  # (B, V)
     attention = prompt_mask.repeat_interleave(group_size, 0)  # (B, P), grows by a column a token
@@ -294,7 +287,7 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         attention = torch.cat([attention, attention.new_ones(len(rows), 1)], 1)
         position = position + 1
         logits = model(input_ids=token, attention_mask=attention, position_ids=position,
-                       use_cache=True, **{name: cache}).logits[:, -1]
+                       use_cache=True, **past(model, cache)).logits[:, -1]
     return completion_ids, mask
 
 
@@ -375,7 +368,7 @@ def main(args: Args):
     reward = load_reward(args.reward, device, args.micro_batch_size)
     gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
     if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        checkpoint_gradients(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
     updates_in_all = args.steps * args.epochs * args.minibatches
     schedule = get_scheduler(
@@ -394,7 +387,7 @@ def main(args: Args):
         fail(f"--critic {critic_name}: its context, {context_of(critic)} tokens, is shorter than the "
              f"policy's, {context_of(policy)}")
     if args.gradient_checkpointing:
-        critic.gradient_checkpointing_enable()
+        checkpoint_gradients(critic)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=0.0)
     critic_schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule,

@@ -38,9 +38,9 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler,
                           logging)
 
-from common import (context_of, encode, encode_prompts, fail, load_model, load_tokenizer,
-                    micro_batches, pad, read_pairs, render, score_ids,
-                    score_texts)
+from common import (checkpoint_gradients, context_of, encode, encode_prompts, fail,
+                    load_model, load_tokenizer, micro_batches, pad, read_pairs, render,
+                    score_ids, score_texts)
 
 
 # --- arguments
@@ -234,7 +234,7 @@ def main(args: Args):
             reference_tokenizer, [data[i] for i in spread], args.data,
             context_of(reference) - args.max_new_tokens, args.max_tokens)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     order = []  # batches of pairs at random, each of alike lengths, which share their padding
     for _ in range(args.epochs):

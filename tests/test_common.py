@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
                           LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, logging)
+                          MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM, logging)
 
 import common
 
@@ -151,6 +152,55 @@ def test_padding_may_be_any_token_even_end_of_sequence(model):
     same(others[0][:, :-2], logprobs)
 
 
+GROUPS = [0, 2, 1, 0, 2, 0]  # of which of PROMPTS each completion is
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[1]] * 3], ids=["prompts", "of one token"])
+def test_completions_of_one_prompt_share_its_pass(model, prompts):
+    """Values and every parameter's gradient are those of each row alone, in float64."""
+    model.double()
+    completions = [COMPLETIONS[i % 4] for i in range(6)]
+    rows = batch([prompts[i] for i in GROUPS], completions, left=1)
+    weight = torch.randn(6, 6, dtype=torch.float64)
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
+    shared = common.completion_logprobs(model, *rows)[0]
+    hook.remove()
+    assert sum(seen) < rows[0].numel() + 6 * 6 - 6  # a prompt's tokens were read once
+    (shared * weight).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone = torch.cat([common.completion_logprobs(model, *(t[i:i + 1] for t in rows))[0] for i in range(6)])
+    (alone * weight).sum().backward()
+    torch.testing.assert_close(shared, alone, atol=1e-6, rtol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_gradient_checkpointing_shares_nothing_and_changes_nothing(model):
+    """It forbids a cache: with one it would leave the prompt out without a word."""
+    rows = batch([PROMPTS[i] for i in GROUPS], [COMPLETIONS[i % 4] for i in range(6)])
+    expected = common.completion_logprobs(model, *rows)[0]
+    common.checkpoint_gradients(model)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    same(common.completion_logprobs(model, *rows)[0], expected)
+
+
+def test_a_sliding_window_sees_the_same_through_the_cache():
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4, initializer_range=0.3, pad_token_id=PAD)).eval()
+    rows = batch([PROMPTS[i] for i in GROUPS], [COMPLETIONS[i % 4] for i in range(6)])
+    torch.testing.assert_close(
+        common.completion_logprobs(model, *rows)[0],
+        torch.cat([common.completion_logprobs(model, *(t[i:i + 1] for t in rows))[0] for i in range(6)]),
+        atol=1e-5, rtol=0)
+
+
 def test_empty_completions_are_zeros(model):
     prompt_ids, prompt_mask, completion_ids, mask = batch()
     rest = prompt_ids, prompt_mask, completion_ids
@@ -162,15 +212,15 @@ def test_empty_completions_are_zeros(model):
 
 
 def test_logits_exist_for_the_completion_only(model):
-    """(B, P + T, V) of logits are the most memory of a step: the head sees T + 1 positions,
+    """(B, P + T, V) of logits are the most memory of a step: the head sees T positions,
     and padding that all rows share is seen by no layer."""
     seen = {}
     embedding = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, args: seen.update(trunk=args[0].shape))
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.update(head=args[0].shape))
     common.completion_logprobs(model, *batch(left=4, right=9))
-    assert seen["head"][:2] == (4, 6 + 1)
-    assert seen["trunk"] == (4, 7 + 6)
+    assert seen["head"][:2] == (4, 6)
+    assert seen["trunk"] == (4, 7 + 5)
 
 
 def test_log_softmax_is_float32_under_bfloat16(model):
