@@ -258,6 +258,9 @@ def load_model(auto_class, name: str, device, **config_changes):
     except Exception as error:
         fail(f"{name}: no {auto_class.__name__.removeprefix('AutoModelFor')} model loads from it: "
              f"{first_line(error)}")
+    other = [k for k in loading["unexpected_keys"] if k.startswith(("score.", "classifier."))]
+    if other and "CausalLM" in auto_class.__name__:  # its tied embeddings would pass for a head
+        fail(f"{name}: no causal LM: it has the weights of another head, {other[0]}")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # some heads have one that the config does not name

@@ -93,7 +93,7 @@ class Args:
     """updates of linear warm-up (a tenth of all)"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 64
     """answers per forward and backward pass, both of a pair in one; sets the memory used, changes no
     result"""
     generate_batch_size: int = 512

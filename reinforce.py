@@ -410,7 +410,7 @@ def main(args: Args):
         evaluate(0)
     bar = tqdm(range(1, args.steps + 1), disable=None)  # no bar where the output is no terminal
     for step in bar:
-        start = time.time()
+        clock = [time.time()]
 
         # --- 1. generate
         batch = [next(numbers) for _ in range(args.prompts_per_step)]
@@ -419,6 +419,7 @@ def main(args: Args):
         lengths = prompt_mask.sum(1) + mask.sum(1)  # (B,) tokens, prompt and completion
 
         # --- 2. score
+        clock.append(time.time())
         scores = reward([data[i] for i in batch for _ in range(args.group_size)], texts)  # (B,)
         if scores.isnan().all():
             fail(f"--reward {args.reward}: left out every completion of step {step}")
@@ -431,6 +432,7 @@ def main(args: Args):
         loss_mask = mask * learn[:, None]  # (B, T); it stays in the group's mean, and in attention
 
         # --- 3. kl
+        clock.append(time.time())
         old_logprobs = torch.zeros(mask.shape, device=device)  # (B, T)
         ref_logprobs, entropy = old_logprobs.clone(), old_logprobs.clone()  # (B, T)
         for rows in micro_batches(lengths, args.micro_batch_size):
@@ -443,6 +445,7 @@ def main(args: Args):
                         policy, *ids, args.temperature)
 
         # --- 4. advantages
+        clock.append(time.time())
         kl = kl_estimate(old_logprobs, ref_logprobs)  # (B, T)
         if args.kl_in == "completion":
             rewards = rewards - args.beta * kl.sum(1)  # (B,)
@@ -497,7 +500,9 @@ def main(args: Args):
                "clipped_low": clip_low / tokens, "clipped_high": clip_high / tokens}
 
         # --- 6. log
-        seconds = time.time() - start
+        clock.append(time.time())
+        seconds = clock[-1] - clock[0]
+        parts = zip(("generate", "score", "kl", "update"), clock, clock[1:])
         metrics = {
             "step": step, "reward": scores.nanmean(), "reward_std": scores[~scores.isnan()].std(correction=0),
             "kl": kl_estimate(old_logprobs, ref_logprobs).sum(1).mean(), "entropy": masked_mean(entropy, mask),
@@ -505,7 +510,7 @@ def main(args: Args):
             "loss": sum(losses) / updates, "grad_norm": sum(grad_norms) / updates,
             "lr": schedule.get_last_lr()[0], "seconds": seconds,
             "tokens_per_second": mask.sum() / seconds, "left_out": scores.isnan().float().mean(),
-            **own}
+            **{f"seconds_{name}": after - before for name, before, after in parts}, **own}
         if reference is None:
             del metrics["kl"]  # from what is not loaded
         metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}

@@ -82,7 +82,7 @@ class Args:
     """updates of linear warm-up"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    micro_batch_size: int = 32
+    micro_batch_size: int = 64
     """conversations per forward and backward pass; sets the memory used, changes no result"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
