@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
 
@@ -274,53 +274,77 @@ def checkpoint_gradients(model):
 
 # --- log-prob helpers
 
-def completion_logits(model, prompt_ids, prompt_mask, completion_ids, mask):
-    """What the model's head says before each completion token: (B, T, V), or (B, T, 1) of a critic.
+def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
+    """What a network, a whole model or its body, puts out before each completion token: (B, T, ·).
 
     prompt_ids, prompt_mask (B, P); completion_ids, mask (B, T). Positions are counted from each
     row's first token, so that padding changes nothing. Rows of one prompt, a group's or a pair's,
-    share its forward pass (and backward: gradients add up through the cache), and no logits exist
-    for the prompt's tokens.
+    share its forward pass; gradients add up through the cache.
     """
     P, T = prompt_ids.shape[1], completion_ids.shape[1]
     ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]  # (B, P + T - 1)
     attention = torch.cat([prompt_mask, mask], 1)[:, :-1]  # (B, P + T - 1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    keep = "logits_to_keep" in inspect.signature(model.forward).parameters  # a critic's head is small
-
     prompts, prompt_of = torch.cat([prompt_mask, prompt_ids], 1).unique(dim=0, return_inverse=True)
-    checkpointing = model.training and any(  # it forbids a cache
-        getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    checkpointing = network.training and any(  # it forbids a cache
+        getattr(m, "gradient_checkpointing", False) for m in network.modules())
     if P == 1 or len(prompts) == len(ids) or checkpointing:
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False,
-                       **{"logits_to_keep": T} if keep else {}).logits
-        return logits[:, logits.shape[1] - T:]
+        output = network(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)[0]
+        return output[:, output.shape[1] - T:]
     prompt_mask, prompt_ids = prompts[:, :P - 1], prompts[:, P:-1]  # (prompts, P - 1), each once
-    cache = DynamicCache(config=model.config)
-    model(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True,
-          position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0), **past(model, cache),
-          **{"logits_to_keep": 1} if keep else {})
+    cache = DynamicCache(config=network.config)
+    network(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True,
+            position_ids=(prompt_mask.cumsum(1) - 1).clamp(min=0), **past(network, cache))
     cache.batch_select_indices(prompt_of)  # (B, ...)
-    return model(input_ids=ids[:, P - 1:], attention_mask=attention, position_ids=positions[:, P - 1:],
-                 use_cache=True, **past(model, cache)).logits
+    return network(input_ids=ids[:, P - 1:], attention_mask=attention, position_ids=positions[:, P - 1:],
+                   use_cache=True, **past(network, cache))[0]
 
 
 def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
     """log pi(token | prompt, tokens before it) and the policy's entropy at each completion
     token, in nats.
 
-    Arguments as completion_logits. Returns two float32 (B, T), 0 where mask is 0; the entropy is
-    detached. Padding that all rows share is trimmed.
+    Arguments as completion_outputs. Returns two float32 (B, T), 0 where mask is 0; the entropy is
+    detached. Padding that all rows share is trimmed. Logits exist for the tokens of the mask only,
+    and where they are many for a chunk of them at a time: the backward pass makes them again.
     """
-    width = completion_ids.shape[1]
     rows = trim(prompt_ids, prompt_mask, completion_ids, mask)
-    completion_ids, mask = rows[2:]  # (B, T)
-    logits = completion_logits(model, *rows)  # (B, T, V)
-    log_softmax = (logits.float() / temperature).log_softmax(-1)
-    logprobs = log_softmax.gather(-1, completion_ids.unsqueeze(-1)).squeeze(-1) * mask
+    written = rows[3].bool()
+    tokens = rows[2][written]  # (N,) of all rows, one after the other
+    plain = has_plain_head(model)
+    hidden = completion_outputs(model.base_model if plain else model, *rows)[written]  # (N, D)
+    head = model.get_output_embeddings() if plain else torch.nn.Identity()
+    chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    parts = [checkpoint(token_logprobs, *part, head, temperature, use_reentrant=False)
+             if len(tokens) > chunk else token_logprobs(*part, head, temperature)
+             for part in zip(hidden.split(chunk), tokens.split(chunk))]
+    empty = torch.zeros(mask.shape, device=mask.device)  # (B, T)
+    return tuple(empty.masked_scatter(mask.bool(), torch.cat(part)) for part in zip(*parts))
+
+
+LOGITS_AT_ONCE = 2**26  # numbers, 256 MiB in float32: a vocabulary of 151,936 by 441 tokens
+
+
+def token_logprobs(hidden, tokens, head, temperature: float):
+    """The log-prob of each token and the entropy there, two (N,) float32, of hidden (N, D),
+    tokens (N,) and the head that makes logits (N, V)."""
+    log_softmax = (head(hidden).float() / temperature).log_softmax(-1)
     with torch.no_grad():
-        entropy = -(log_softmax.exp() * log_softmax).sum(-1) * mask
-    return tuple(F.pad(x, (0, width - mask.shape[1])) for x in (logprobs, entropy))
+        entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    return log_softmax.gather(-1, tokens[:, None])[:, 0], entropy
+
+
+@torch.no_grad()
+def has_plain_head(model) -> bool:
+    """Whether logits are the head of the last hidden states and no more: some models cap or scale
+    them (Gemma 2, Cohere, Granite). Tried on four tokens, once for a model."""
+    if not hasattr(model, "plain_head"):
+        ids = torch.arange(4, device=model.device)[None]
+        with torch.autocast(model.device.type, enabled=False):
+            logits = model(input_ids=ids, use_cache=False).logits
+            plain = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False)[0])
+        model.plain_head = torch.allclose(plain, logits, rtol=0, atol=1e-5 * logits.abs().max().item())
+    return model.plain_head
 
 
 def trim(prompt_ids, prompt_mask, completion_ids, mask):
@@ -335,12 +359,17 @@ def past(model, cache) -> dict:
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
-def micro_batches(lengths: torch.Tensor, size: int, rows: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Row numbers in groups of at most `size`, the longest first: alike rows share their
-    padding, and what does not fit in memory fails at once. lengths (B,); rows: some of 0..B-1,
-    or all."""
+def micro_batches(lengths: torch.Tensor, size: int, tokens: float = math.inf,
+                  rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Row numbers in groups of at most `size` rows, and of at most `tokens` with their padding (or
+    a single row), the longest first: alike rows share their padding, and what does not fit in
+    memory fails at once. lengths (B,); rows: some of 0..B-1, or all."""
     rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
-    return list(rows[lengths[rows].argsort(descending=True, stable=True)].split(size))
+    rows = rows[lengths[rows].argsort(descending=True, stable=True)]
+    longest, sizes = lengths[rows].tolist(), []
+    while sum(sizes) < len(rows):
+        sizes.append(min(size, max(1, int(min(tokens, 2**62) // longest[sum(sizes)])), len(rows) - sum(sizes)))
+    return list(rows.split(sizes))
 
 
 def kl_estimate(logprobs, ref_logprobs, kind: str = "k1"):
@@ -402,8 +431,9 @@ def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
     return scores + getattr(model.config, "reward_bias", 0.0)
 
 
-def score_texts(model, tokenizer, texts: list[str], micro_batch_size: int) -> torch.Tensor:
-    """(B,) float32 scores of rendered conversations, without gradient."""
+def score_texts(model, tokenizer, texts: list[str], size: int, tokens: float = math.inf) -> torch.Tensor:
+    """(B,) float32 scores of rendered conversations, without gradient, in micro_batches of size and
+    tokens."""
     rows = encode(tokenizer, texts)
     longest = max(map(len, rows))
     if longest > context_of(model):
@@ -411,19 +441,19 @@ def score_texts(model, tokenizer, texts: list[str], micro_batch_size: int) -> to
              f"context of {context_of(model)}: lower --max-new-tokens, or leave out long prompts")
     scores = torch.zeros(len(rows), device=next(model.parameters()).device)
     with torch.no_grad():
-        for part in micro_batches(torch.tensor([len(row) for row in rows]), micro_batch_size):
+        for part in micro_batches(torch.tensor([len(row) for row in rows]), size, tokens):
             scores[part.to(scores.device)] = score_ids(model, [rows[i] for i in part])
     return scores
 
 
-def load_reward(name: str, device, micro_batch_size: int):
+def load_reward(name: str, device, size: int, tokens: float = math.inf):
     """reward(rows, completions) -> (B,) float32, nan where a row is left out: of a reward
     model, or a function.
 
     name: a folder or hub id of a one-label sequence-classification model, which is scored
     through text, with its own tokenizer and chat template; or `file.py:function`, called with
     `prompts`, `completions` and the other columns of the rows, as TRL calls it: for a prompt
-    of messages the completion is a list of one message.
+    of messages the completion is a list of one message. size, tokens: as in micro_batches.
     """
     if re.search(r"\.py:\w+$", name):
         function = load_function(name)
@@ -460,7 +490,7 @@ def load_reward(name: str, device, micro_batch_size: int):
 
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
         texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
-        return score_texts(model, tokenizer, texts, micro_batch_size)
+        return score_texts(model, tokenizer, texts, size, tokens)
     reward.model = model.requires_grad_(False)
     return reward
 

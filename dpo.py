@@ -94,8 +94,10 @@ class Args:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     micro_batch_size: int = 64
-    """answers per forward and backward pass, both of a pair in one; sets the memory used, changes no
-    result"""
+    """most answers per forward and backward pass, both of a pair in one; sets the memory used,
+    changes no result"""
+    tokens_per_micro_batch: int = 8192
+    """and most tokens, with padding (16384 to 65536 on a GPU of 80 GB)"""
     generate_batch_size: int = 512
     """completions sampled at a time in evaluation; sets the memory used"""
     gradient_checkpointing: bool = False
@@ -236,8 +238,8 @@ def main(args: Args):
     for flag in ("warmup", "eval_every", "eval_prompts", "max_tokens", "sft_weight", "simpo_margin"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
-    for flag in ("epochs", "pairs_per_step", "beta", "lr", "micro_batch_size", "log_every",
-                 "generate_batch_size", "eval_pairs", "max_new_tokens", "temperature"):
+    for flag in ("epochs", "pairs_per_step", "beta", "lr", "micro_batch_size", "tokens_per_micro_batch",
+                 "log_every", "generate_batch_size", "eval_pairs", "max_new_tokens", "temperature"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 < args.top_p <= 1:
@@ -320,7 +322,7 @@ def main(args: Args):
     gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
     if args.gradient_checkpointing:
         checkpoint_gradients(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     order = []  # batches of pairs at random, each of alike lengths, which share their padding
     for _ in range(args.epochs):
         for part in torch.randperm(len(pairs)).split(16 * args.pairs_per_step):
@@ -339,7 +341,8 @@ def main(args: Args):
         at once."""
         lengths = torch.tensor([len(prompt) + max(len(chosen), len(rejected))
                                 for prompt, chosen, rejected in some_pairs])
-        return micro_batches(lengths, max(1, args.micro_batch_size // 2))
+        return micro_batches(2 * lengths, max(1, args.micro_batch_size // 2),
+                             args.tokens_per_micro_batch)
 
     def pair_logprobs(model, some_pairs: list[tuple]):
         """The sums of the log-probs of the chosen and of the rejected answers' tokens, and their

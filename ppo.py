@@ -45,7 +45,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           AutoModelForTokenClassification, DynamicCache, TopPLogitsWarper,
                           get_scheduler, logging)
 
-from common import (checkpoint_gradients, completion_logits, completion_logprobs, context_of,
+from common import (checkpoint_gradients, completion_outputs, completion_logprobs, context_of,
                     encode_prompts, fail, kl_estimate, load_model, load_reward,
                     load_tokenizer, masked_mean, masked_whiten, micro_batches, pad, past,
                     read_prompts, trim)
@@ -106,9 +106,10 @@ class Args:
     """updates of linear warm-up (0 to 20)"""
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
-    micro_batch_size: int = 128
-    """completions per forward and backward pass; sets the memory used, changes no result (1 to
-    64)"""
+    micro_batch_size: int = 256
+    """most completions per forward and backward pass; sets the memory used, changes no result"""
+    tokens_per_micro_batch: int = 8192
+    """and most tokens, with prompts and padding (16384 to 65536 on a GPU of 80 GB)"""
     generate_batch_size: int = 512
     """completions sampled at a time; sets the memory used"""
     gradient_checkpointing: bool = False
@@ -222,7 +223,7 @@ def completion_values(critic, prompt_ids, prompt_mask, completion_ids, mask):
     as completion_logprobs."""
     width = completion_ids.shape[1]
     rows = trim(prompt_ids, prompt_mask, completion_ids, mask)
-    values = completion_logits(critic, *rows)[..., 0].float() * rows[-1]  # (B, T)
+    values = completion_outputs(critic, *rows)[..., 0].float() * rows[-1]  # (B, T)
     return F.pad(values, (0, width - values.shape[1]))
 
 
@@ -312,7 +313,8 @@ def main(args: Args):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "epochs",
-                 "minibatches", "micro_batch_size", "generate_batch_size", "log_every", "eval_prompts"):
+                 "minibatches", "micro_batch_size", "tokens_per_micro_batch", "generate_batch_size",
+                 "log_every", "eval_prompts"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 < args.top_p <= 1:
@@ -365,11 +367,12 @@ def main(args: Args):
     if args.beta > 0:
         reference, _ = load_model(AutoModelForCausalLM, args.model, device)
         reference.eval().requires_grad_(False)
-    reward = load_reward(args.reward, device, args.micro_batch_size)
-    gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
+    micro = args.micro_batch_size, args.tokens_per_micro_batch
+    reward = load_reward(args.reward, device, *micro)
+    gold = load_reward(args.gold, device, *micro) if args.gold else None
     if args.gradient_checkpointing:
         checkpoint_gradients(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates_in_all = args.steps * args.epochs * args.minibatches
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
@@ -388,7 +391,7 @@ def main(args: Args):
              f"policy's, {context_of(policy)}")
     if args.gradient_checkpointing:
         checkpoint_gradients(critic)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=0.0)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=args.critic_lr, weight_decay=0.0, fused=True)
     critic_schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule,
         critic_optimizer, num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
@@ -440,7 +443,7 @@ def main(args: Args):
             scores["gold"] = gold(eval_data, texts)
         if reference is not None:
             kl = torch.zeros(len(texts), device=device)
-            for rows in micro_batches(ids[1].sum(1) + mask.sum(1), args.micro_batch_size):
+            for rows in micro_batches(ids[1].sum(1) + mask.sum(1), *micro):
                 batch = *(t[rows] for t in ids), mask[rows]
                 with torch.no_grad(), autocast:
                     kl[rows] = kl_estimate(*(completion_logprobs(m, *batch, args.temperature)[0]
@@ -508,7 +511,7 @@ def main(args: Args):
         clock.append(time.time())
         old_logprobs = torch.zeros(mask.shape, device=device)  # (B, T)
         ref_logprobs, entropy = old_logprobs.clone(), old_logprobs.clone()  # (B, T)
-        for rows in micro_batches(lengths, args.micro_batch_size):
+        for rows in micro_batches(lengths, *micro):
             ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
             with torch.no_grad(), autocast:
                 if reference is not None:
@@ -520,7 +523,7 @@ def main(args: Args):
         # --- 4. advantages
         clock.append(time.time())
         values = torch.zeros(mask.shape, device=device)  # (B, T)
-        for rows in micro_batches(lengths, args.micro_batch_size):
+        for rows in micro_batches(lengths, *micro):
             ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
             with torch.no_grad(), autocast:
                 values[rows] = completion_values(critic, *ids)
@@ -546,7 +549,7 @@ def main(args: Args):
         for minibatch in minibatches:
             tokens = loss_mask[minibatch].sum().clamp(min=1)
             loss_sum = value_loss_sum = k1 = k3 = 0.0
-            for rows in micro_batches(lengths, args.micro_batch_size, minibatch):
+            for rows in micro_batches(lengths, *micro, minibatch):
                 ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
                 with autocast:
                     values_now = completion_values(critic, *ids)

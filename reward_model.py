@@ -83,7 +83,10 @@ class Args:
     max_grad_norm: float = 1.0
     """gradients are scaled down to this norm"""
     micro_batch_size: int = 64
-    """conversations per forward and backward pass; sets the memory used, changes no result"""
+    """most conversations per forward and backward pass, both of a pair in one; sets the memory used,
+    changes no result"""
+    tokens_per_micro_batch: int = 8192
+    """and most tokens, with padding (16384 to 65536 on a GPU of 80 GB)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -153,8 +156,8 @@ def main(args: Args):
     for flag in ("centering", "warmup", "eval_every", "bias_prompts", "max_tokens"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
-    for flag in ("epochs", "pairs_per_step", "lr", "micro_batch_size", "log_every", "eval_pairs",
-                 "max_new_tokens"):
+    for flag in ("epochs", "pairs_per_step", "lr", "micro_batch_size", "tokens_per_micro_batch",
+                 "log_every", "eval_pairs", "max_new_tokens"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 <= args.label_smoothing < 0.5:
@@ -235,7 +238,7 @@ def main(args: Args):
             context_of(reference) - args.max_new_tokens, args.max_tokens)
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     order = []  # batches of pairs at random, each of alike lengths, which share their padding
     for _ in range(args.epochs):
         for part in torch.randperm(len(pairs)).split(16 * args.pairs_per_step):
@@ -261,7 +264,8 @@ def main(args: Args):
         """Pairs of alike length in micro-batches; both answers of a pair go through the model
         at once."""
         lengths = torch.tensor([max(len(chosen), len(rejected)) for chosen, rejected, *_ in some_pairs])
-        return micro_batches(lengths, max(1, args.micro_batch_size // 2))
+        return micro_batches(2 * lengths, max(1, args.micro_batch_size // 2),
+                             args.tokens_per_micro_batch)
 
     def score_pairs(some_pairs: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
         """The scores of the chosen and of the rejected answers, (B,) each."""

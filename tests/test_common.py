@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CohereConfig, CohereForCausalLM,
+                          Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel,
+                          GraniteConfig, GraniteForCausalLM,
                           LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
                           MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast,
                           Qwen2Config, Qwen2ForCausalLM, logging)
@@ -162,6 +164,7 @@ def test_completions_of_one_prompt_share_its_pass(model, prompts):
     completions = [COMPLETIONS[i % 4] for i in range(6)]
     rows = batch([prompts[i] for i in GROUPS], completions, left=1)
     weight = torch.randn(6, 6, dtype=torch.float64)
+    common.has_plain_head(model)
     seen = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: seen.append(ids[0].numel()))
     shared = common.completion_logprobs(model, *rows)[0]
@@ -212,19 +215,61 @@ def test_empty_completions_are_zeros(model):
 
 
 def test_logits_exist_for_the_completion_only(model):
-    """(B, P + T, V) of logits are the most memory of a step: the head sees T positions,
-    and padding that all rows share is seen by no layer."""
+    """(B, P + T, V) of logits are the most memory of a step: the head sees the
+    completions' tokens, and padding that all rows share is seen by no layer."""
+    common.has_plain_head(model)
     seen = {}
     embedding = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, args: seen.update(trunk=args[0].shape))
     model.lm_head.register_forward_pre_hook(lambda _, args: seen.update(head=args[0].shape))
     common.completion_logprobs(model, *batch(left=4, right=9))
-    assert seen["head"][:2] == (4, 6)
+    assert seen["head"] == (4 + 2 + 6 + 1, 32)
     assert seen["trunk"] == (4, 7 + 5)
+
+
+def test_logits_in_chunks_change_no_number(model, monkeypatch):
+    """Values, entropies and gradients, the logits made again in the backward pass."""
+    weight = torch.randn(len(PROMPTS), 6)
+    results = []
+    common.has_plain_head(model)
+    for numbers in (2**26, 3 * V, 1):
+        monkeypatch.setattr(common, "LOGITS_AT_ONCE", numbers)
+        sizes = []
+        hook = model.lm_head.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+        logprobs, entropy = common.completion_logprobs(model, *batch())
+        (logprobs * weight).sum().backward()
+        hook.remove()
+        assert max(sizes) == min(13, max(1, numbers // V))
+        results.append([logprobs.detach(), entropy, *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    for chunked in results[1:]:
+        for a, b in zip(results[0], chunked):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+SIZES = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, initializer_range=0.3, pad_token_id=PAD, bos_token_id=None, eos_token_id=EOS)
+
+
+@pytest.mark.parametrize("other", [
+    lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=16, final_logit_softcapping=2.0, **SIZES)),
+    lambda: CohereForCausalLM(CohereConfig(logit_scale=0.3, **SIZES)),
+    lambda: GraniteForCausalLM(GraniteConfig(logits_scaling=3.0, **SIZES))], ids=["gemma2", "cohere", "granite"])
+def test_capped_and_scaled_logits_are_the_models_own(other):
+    """A head on the last hidden states alone would be wrong without a word."""
+    torch.manual_seed(0)
+    model = other().eval()
+    logprobs, _ = common.completion_logprobs(model, *batch([PROMPTS[0]] * 4))
+    assert not common.has_plain_head(model)
+    for i, completion in enumerate(COMPLETIONS):
+        logits = model(torch.tensor([PROMPTS[0] + completion])).logits[0, 2:-1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[i, :len(completion)], expected, atol=1e-5, rtol=0)
 
 
 def test_log_softmax_is_float32_under_bfloat16(model):
     """bfloat16 has three digits: the probabilities of a token add up to 1 far beyond them."""
+    common.has_plain_head(model)
     head = []
     model.lm_head.register_forward_hook(lambda *args: head.append(args[-1].dtype))
     total = 0.0
@@ -335,12 +380,19 @@ def test_micro_batches(size):
     torch.manual_seed(0)
     lengths = torch.randint(1, 9, (17,))
     for rows in (None, torch.tensor([16, 2, 3, 5, 8, 11])):
-        groups = common.micro_batches(lengths, size, rows)
+        groups = common.micro_batches(lengths, size, rows=rows)
         assert [len(g) <= size for g in groups] == [True] * len(groups)
         order = torch.cat(groups)
         assert sorted(order.tolist()) == sorted(range(17) if rows is None else rows.tolist())
         assert lengths[order].tolist() == sorted(lengths[order].tolist(), reverse=True)
         assert len(groups) == math.ceil(len(order) / size)
+
+
+def test_micro_batches_of_so_many_tokens():
+    lengths = torch.tensor([3, 50, 8, 7, 2, 9])
+    parts = [part.tolist() for part in common.micro_batches(lengths, 3, 20)]
+    assert parts == [[1], [5, 2], [3, 0], [4]]  # 50 alone; 2 x 9; 2 x 7, as 3 x 7 is too many; the rest
+    assert [part.tolist() for part in common.micro_batches(lengths, 2, 20, torch.tensor([0, 2, 4]))] == [[2, 0], [4]]
 
 
 def test_pad():

@@ -306,7 +306,7 @@ def test_a_run_learns_and_leaves_an_ordinary_model(tmp_path):
 
 def moved(tmp_path, monkeypatch, name, **changes):
     """By how much one step of plain gradient descent moves the weights: the gradient, scaled."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **_: torch.optim.SGD(p, lr))
     run(tmp_path, name, **(dict(lr=0.1, eval_prompts=0, max_grad_norm=1e9, pairs_per_step=100) | changes))
     return weights(tmp_path / name / "checkpoint") - weights("tiny/policy")
 

@@ -19,7 +19,8 @@ nan = float("nan")
 
 
 def run(tmp_path, name="run", **changes):
-    ppo.main(ppo.Args(**(SMALL | dict(prompts_per_step=2, eval_every=0, run_dir=str(tmp_path / name)) | changes)))
+    ppo.main(ppo.Args(**(SMALL | dict(prompts_per_step=2, eval_every=0, epochs=2, minibatches=1,
+                                      run_dir=str(tmp_path / name)) | changes)))
     return rows(tmp_path / name / "metrics.jsonl")
 
 
@@ -336,7 +337,7 @@ def test_only_scored_tokens_are_whitened(tmp_path, monkeypatch):
 
 def test_micro_batches_change_no_gradient(tmp_path, monkeypatch):
     """With plain gradient descent, which hides nothing, the policy ends at the same place."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **_: torch.optim.SGD(p, lr))
     start = weights("tiny/policy")
     moved = [weights(run_dir) - start for size in (3, 100)
              if run(tmp_path, str(size), micro_batch_size=size, steps=1, lr=0.1, critic_lr=0.1,

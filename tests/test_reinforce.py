@@ -262,7 +262,7 @@ def test_the_moving_baseline_is_of_the_steps_before(tmp_path):
 
 def test_micro_batches_change_no_gradient(tmp_path, monkeypatch):
     """With plain gradient descent, which hides nothing, the policy ends at the same place."""
-    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, weight_decay: torch.optim.SGD(p, lr))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, **_: torch.optim.SGD(p, lr))
     start, moved = weights("tiny/policy"), []
     for size in (3, 100):
         run(tmp_path, str(size), micro_batch_size=size, steps=1, lr=0.1, minibatches=2, truncated="mask",

@@ -85,7 +85,7 @@ def ours(tmp_path, seen, policies, critics, **args):
                 p.copy_(weight)
 
     updates = run_on(ppo, tmp_path, rollout, patches=[(torch.optim.AdamW, "step", step)],
-                     **(dict(critic=CRITIC, epochs=UPDATES, beta=0.1, temperature=0.8,
+                     **(dict(critic=CRITIC, epochs=UPDATES, minibatches=1, beta=0.1, temperature=0.8,
                              lam=0.95) | args))
     # the critic's loss is differentiated first, then the policy's, and then both are clipped
     mine, critic = updates[::2], updates[1::2]
