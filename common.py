@@ -4,6 +4,7 @@ Nothing else.
 Shapes: B completions, P prompt tokens (padded on the left), T completion tokens (padded on the
 right). A user's mistake ends in one line on stderr and exit code 2; see `fail`.
 """
+import contextlib
 import gzip
 import importlib.util
 import inspect
@@ -246,15 +247,32 @@ def check_model(name: str):
 
 def load_model(auto_class, name: str, device, **config_changes):
     """A model in float32 (safetensors only), with dropout off, and the names of the weights it
-    came without."""
+    came without. An adapter of --lora-rank is loaded with the model it adapts, and merged into it."""
     check_model(name)
+    base, adapter = name, None
+    if (Path(name) / "adapter_config.json").is_file():
+        adapter = json.loads((Path(name) / "adapter_config.json").read_text())
+        base = adapter["base_model_name_or_path"]
     try:
         config = AutoConfig.from_pretrained(name, **config_changes)
         for key, value in vars(config).items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # not by eval(): gradient checkpointing works in train mode alone
+        if adapter:  # the base may have had fewer tokens
+            vocabulary = config.get_text_config().vocab_size
+            config.get_text_config().vocab_size = AutoConfig.from_pretrained(base).get_text_config().vocab_size
         model, loading = auto_class.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            base, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        missing = loading["missing_keys"]
+        if adapter:
+            from peft import PeftModel
+            model.resize_token_embeddings(vocabulary)
+            model = PeftModel.from_pretrained(model, name).merge_and_unload()
+            heads = adapter.get("modules_to_save") or []
+            missing = [k for k in missing if k.partition(".")[0] not in heads]
+            loading["unexpected_keys"] = [f"{head}.weight" for head in heads if not hasattr(model, head)]
+    except ImportError:
+        fail(f"{name}: an adapter, to load it takes the library peft: pip install 'plain-rlhf[lora]'")
     except Exception as error:
         fail(f"{name}: no {auto_class.__name__.removeprefix('AutoModelFor')} model loads from it: "
              f"{first_line(error)}")
@@ -264,7 +282,55 @@ def load_model(auto_class, name: str, device, **config_changes):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # some heads have one that the config does not name
-    return model.to(device), loading["missing_keys"]
+    return model.to(device), missing
+
+
+def wants_bf16(dtype: str, model) -> bool:
+    """Whether matrix products are to be in bfloat16: as dtype says, or with `auto` where that is
+    faster: on a GPU, and on a CPU with instructions for it if the model is large enough to gain."""
+    if dtype != "auto" or model.device.type != "cpu":
+        return dtype != "float32"
+    has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16")) and model.num_parameters() > 50e6
+
+
+def freeze(model, bf16: bool):
+    """For a model that is not trained: no gradients, and with bf16 the matrices are kept as autocast
+    would cast them at each use, which saves half their memory and changes no number."""
+    model.eval().requires_grad_(False)
+    head = model.get_output_embeddings()  # often the embeddings as well
+    for name, module in model.named_modules():
+        if bf16 and isinstance(module, torch.nn.Linear) and module is not head and name not in HEADS:
+            module.to(torch.bfloat16)
+
+
+HEADS = "score", "classifier"  # of models that score
+
+
+def add_lora(model, rank: int, bf16: bool):
+    """Trains updates of `rank` to every linear layer in the place of its weights (Hu et al. 2021,
+    arXiv:2106.09685; alpha is twice the rank), and a scoring head whole. Returns peft's model around
+    this one, which saves the adapter alone, and can switch it off."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        fail("--lora-rank: takes the library peft: pip install 'plain-rlhf[lora]'")
+    if Path(model.name_or_path).is_dir():
+        model.name_or_path = str(Path(model.name_or_path).resolve())  # the adapter names it
+    freeze(model, bf16)
+    heads = [name for name in HEADS if hasattr(model, name)]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                                            modules_to_save=heads or None))
+
+
+@contextlib.contextmanager
+def as_reference(model, adapter, device):
+    """Within it the reference is on the device, wherever it waits between uses, and without the adapter
+    where it is the policy itself."""
+    home = model.device
+    with adapter.disable_adapter() if adapter else contextlib.nullcontext():
+        yield model.to(device)
+    model.to(home)
 
 
 def checkpoint_gradients(model):
@@ -340,9 +406,8 @@ def has_plain_head(model) -> bool:
     them (Gemma 2, Cohere, Granite). Tried on four tokens, once for a model."""
     if not hasattr(model, "plain_head"):
         ids = torch.arange(4, device=model.device)[None]
-        with torch.autocast(model.device.type, enabled=False):
-            logits = model(input_ids=ids, use_cache=False).logits
-            plain = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False)[0])
+        logits = model(input_ids=ids, use_cache=False).logits
+        plain = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False)[0])
         model.plain_head = torch.allclose(plain, logits, rtol=0, atol=1e-5 * logits.abs().max().item())
     return model.plain_head
 
@@ -446,14 +511,15 @@ def score_texts(model, tokenizer, texts: list[str], size: int, tokens: float = m
     return scores
 
 
-def load_reward(name: str, device, size: int, tokens: float = math.inf):
+def load_reward(name: str, device, size: int, tokens: float = math.inf, bf16: bool = False):
     """reward(rows, completions) -> (B,) float32, nan where a row is left out: of a reward
     model, or a function.
 
     name: a folder or hub id of a one-label sequence-classification model, which is scored
     through text, with its own tokenizer and chat template; or `file.py:function`, called with
     `prompts`, `completions` and the other columns of the rows, as TRL calls it: for a prompt
-    of messages the completion is a list of one message. size, tokens: as in micro_batches.
+    of messages the completion is a list of one message. size, tokens: as in micro_batches. bf16:
+    matrix products in bfloat16.
     """
     if re.search(r"\.py:\w+$", name):
         function = load_function(name)
@@ -490,8 +556,10 @@ def load_reward(name: str, device, size: int, tokens: float = math.inf):
 
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
         texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
-        return score_texts(model, tokenizer, texts, size, tokens)
-    reward.model = model.requires_grad_(False)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            return score_texts(model, tokenizer, texts, size, tokens)
+    freeze(model, bf16)
+    reward.model = model
     return reward
 
 

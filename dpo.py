@@ -44,9 +44,10 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, get_scheduler,
                           logging)
 
-from common import (checkpoint_gradients, completion_logprobs, context_of, encode,
-                    encode_prompts, fail, first_line, kl_estimate, load_model, load_reward,
-                    load_tokenizer, micro_batches, pad, past, read_pairs, read_prompts, render)
+from common import (add_lora, as_reference, checkpoint_gradients, completion_logprobs,
+                    context_of, encode, encode_prompts, fail, first_line, freeze, kl_estimate,
+                    load_model, load_reward, load_tokenizer, micro_batches, pad, past,
+                    read_pairs, read_prompts, render, wants_bf16)
 
 
 # --- arguments
@@ -102,9 +103,14 @@ class Args:
     """completions sampled at a time in evaluation; sets the memory used"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    lora_rank: int = 0
+    """train low-rank updates of the weights, of this rank (8 to 64), with an --lr ten times higher
+    (0: the weights)"""
+    offload_reference: bool = False
+    """keep the reference in the CPU's memory between uses"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32
-    elsewhere"""
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 where it is faster, on a
+    GPU and for large models on CPUs that have it"""
     device: str = "auto"
     """auto: a GPU where there is one"""
 
@@ -235,7 +241,7 @@ def main(args: Args):
     args.length_normalise |= args.loss_type == "simpo"
 
     # --- setup
-    for flag in ("warmup", "eval_every", "eval_prompts", "max_tokens", "sft_weight", "simpo_margin"):
+    for flag in ("warmup", "lora_rank", "eval_every", "eval_prompts", "max_tokens", "sft_weight", "simpo_margin"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("epochs", "pairs_per_step", "beta", "lr", "micro_batch_size", "tokens_per_micro_batch",
@@ -254,8 +260,6 @@ def main(args: Args):
         torch.zeros(1, device=device)
     except Exception as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
@@ -276,6 +280,8 @@ def main(args: Args):
     policy, missing = load_model(AutoModelForCausalLM, args.model, device)
     if missing:
         fail(f"{args.model}: no causal LM: it has no weights for {', '.join(sorted(missing)[:3])}")
+    bf16 = wants_bf16(args.dtype, policy)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     longest = int(min(args.max_tokens or 2**31, context_of(policy), 2**31))
     if longest < 2:
         fail("--max-tokens: must leave room for a prompt and an answer")
@@ -317,12 +323,18 @@ def main(args: Args):
         room = context_of(policy) - args.max_new_tokens  # for a prompt
         sample_rows, sample_prompts = encode_prompts(
             tokenizer, sample_rows[:args.eval_prompts], args.sample_data or args.data, room, room)
-    reference, _ = load_model(AutoModelForCausalLM, args.model, device)
-    reference.eval().requires_grad_(False)
+    adapter = add_lora(policy, args.lora_rank, bf16) if args.lora_rank else None
+    if args.lora_rank:
+        reference = policy  # without its adapter; see common.as_reference
+    else:
+        reference, _ = load_model(AutoModelForCausalLM, args.model,
+                                  "cpu" if args.offload_reference else device)
+        freeze(reference, bf16)
     gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
     if args.gradient_checkpointing:
         checkpoint_gradients(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad],
+                                  lr=args.lr, weight_decay=0.0, fused=True)
     order = []  # batches of pairs at random, each of alike lengths, which share their padding
     for _ in range(args.epochs):
         for part in torch.randperm(len(pairs)).split(16 * args.pairs_per_step):
@@ -359,7 +371,8 @@ def main(args: Args):
         disk by a digest of the model and the pairs."""
         digest = hashlib.sha256(repr((some_pairs, bf16, reference.config.to_json_string())).encode())
         for name, weight in sorted(reference.state_dict().items()):
-            digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
+            if "lora_" not in name:  # the reference's adapter is off
+                digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
         path = Path(args.reference_dir) / f"{digest.hexdigest()[:24]}.safetensors"
         if path.is_file():
             try:
@@ -369,10 +382,10 @@ def main(args: Args):
             print(f"the reference's log-probs of {len(some_pairs)} pairs are those of {path}")
             return logprobs
         logprobs = torch.zeros(len(some_pairs), 2, device=device)
-        for rows in tqdm(micro(some_pairs), desc="reference", disable=None):
-            with torch.no_grad():
+        with torch.no_grad(), as_reference(reference, adapter, device):
+            for rows in tqdm(micro(some_pairs), desc="reference", disable=None):
                 chosen, rejected, _, _ = pair_logprobs(reference, [some_pairs[i] for i in rows])
-            logprobs[rows] = torch.stack([chosen, rejected], 1)
+                logprobs[rows] = torch.stack([chosen, rejected], 1)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({"logprobs": logprobs.cpu()}, path)
@@ -401,10 +414,11 @@ def main(args: Args):
         return loss, metrics | logprobs
 
     # --- the run folder and evaluation
-    for name, model in {"policy": policy, "reference": reference}.items():  # held in memory
-        n, trained = model.num_parameters(), next(model.parameters()).requires_grad
-        print(f"{name:10} {n / 1e6:10.2f} M parameters {n * (16 if trained else 4) / 2**20:10.1f} MiB"
-              f"  float32 weights{', gradients and two moments' if trained else ''}")
+    for name, model in {"policy": policy, **({} if adapter else {"reference": reference})}.items():
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        size = 12 * trained + sum(p.numel() * p.element_size() for p in model.parameters())
+        print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB  weights"
+              + (f", gradients and two moments of {trained / 1e6:.2f} M" if trained else ""))
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
@@ -431,18 +445,20 @@ def main(args: Args):
         if args.eval_prompts:
             prompt_ids, prompt_mask = pad(sample_prompts, pad_id, "left", device)
             generator = torch.Generator(device).manual_seed(args.seed)
-            texts, scores, kl, lengths = [], {}, [], []
+            texts, scores, parts, lengths = [], {}, [], []
             for ids in zip(*(t.split(args.generate_batch_size) for t in (prompt_ids, prompt_mask))):
                 with autocast:
                     completion_ids, mask = generate(policy, *ids, args, 1, ends, pad_id, generator)
                 texts += tokenizer.batch_decode(
                     [c[m.bool()] for c, m in zip(completion_ids, mask)], skip_special_tokens=True)
                 lengths.append(mask.sum(1).float())
-                for rows in torch.arange(len(mask), device=device).split(args.micro_batch_size):
-                    with torch.no_grad(), autocast:
-                        kl.append(kl_estimate(*(completion_logprobs(
-                            m, *(t[rows] for t in (*ids, completion_ids, mask)), args.temperature)[0]
-                            for m in (policy, reference))).sum(1))
+                parts += [[t[rows] for t in (*ids, completion_ids, mask)]
+                          for rows in torch.arange(len(mask), device=device).split(args.micro_batch_size)]
+            with torch.no_grad(), autocast:
+                logprobs = [completion_logprobs(policy, *part, args.temperature)[0] for part in parts]
+                with as_reference(reference, adapter, device):
+                    refs = [completion_logprobs(reference, *part, args.temperature)[0] for part in parts]
+            kl = [kl_estimate(*two).sum(1) for two in zip(logprobs, refs)]
             metrics |= {"eval_kl": torch.cat(kl).mean(), "eval_length": torch.cat(lengths).mean()}
             if gold:
                 scores["gold"] = gold(sample_rows, texts)  # (B,)
@@ -511,7 +527,8 @@ def main(args: Args):
             evaluate(step)
         if interrupted:
             break
-    policy.save_pretrained(run_dir / "checkpoint")
+    (adapter or policy).save_pretrained(run_dir / "checkpoint")
+    policy.config.save_pretrained(run_dir / "checkpoint")  # an adapter is saved without it
     tokenizer.save_pretrained(run_dir / "checkpoint")
     print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
           f"the policy is in {run_dir / 'checkpoint'}")

@@ -42,9 +42,10 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, get_scheduler,
                           logging)
 
-from common import (checkpoint_gradients, completion_logprobs, context_of, encode_prompts,
-                    fail, kl_estimate, load_model, load_reward, load_tokenizer, masked_mean,
-                    micro_batches, pad, past, read_prompts)
+from common import (add_lora, as_reference, checkpoint_gradients, completion_logprobs,
+                    context_of, encode_prompts, fail, freeze, kl_estimate, load_model,
+                    load_reward, load_tokenizer, masked_mean, micro_batches, pad, past,
+                    read_prompts, wants_bf16)
 
 
 # --- arguments
@@ -110,9 +111,14 @@ class Args:
     """completions sampled at a time; sets the memory used"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    lora_rank: int = 0
+    """train low-rank updates of the weights, of this rank (8 to 64), with an --lr ten times higher
+    (0: the weights)"""
+    offload_reference: bool = False
+    """keep the reference in the CPU's memory between uses"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32
-    elsewhere"""
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 where it is faster, on a
+    GPU and for large models on CPUs that have it"""
     device: str = "auto"
     """auto: a GPU where there is one"""
 
@@ -290,7 +296,7 @@ def main(args: Args):
     old_first = kl_in_reward or args.epochs * args.minibatches > 1
 
     # --- setup
-    for flag in ("steps", "eval_every", "warmup", "beta", "max_prompt_tokens"):
+    for flag in ("steps", "lora_rank", "eval_every", "warmup", "beta", "max_prompt_tokens"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "epochs",
@@ -315,8 +321,6 @@ def main(args: Args):
         torch.zeros(1, device=device)
     except Exception as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
@@ -337,6 +341,8 @@ def main(args: Args):
     policy, missing = load_model(AutoModelForCausalLM, args.model, device)
     if missing:
         fail(f"{args.model}: no causal LM: it has no weights for {', '.join(sorted(missing)[:3])}")
+    bf16 = wants_bf16(args.dtype, policy)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     room = context_of(policy) - args.max_new_tokens
     data, prompts = encode_prompts(tokenizer, data, args.data, room, args.max_prompt_tokens)
     eval_data, eval_prompts = encode_prompts(tokenizer, eval_data, args.eval_data or args.data, room,
@@ -344,33 +350,43 @@ def main(args: Args):
     ends = policy.generation_config.eos_token_id or []  # one, or a list: chat models end turns by more
     ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
     pad_id = tokenizer.pad_token_id
+    adapter = add_lora(policy, args.lora_rank, bf16) if args.lora_rank else None
     reference = None
-    if args.beta > 0:
-        reference, _ = load_model(AutoModelForCausalLM, args.model, device)
-        reference.eval().requires_grad_(False)
+    if args.beta > 0 and args.lora_rank:
+        reference = policy  # without its adapter; see common.as_reference
+    elif args.beta > 0:
+        reference, _ = load_model(AutoModelForCausalLM, args.model,
+                                  "cpu" if args.offload_reference else device)
+        freeze(reference, bf16)
     micro = args.micro_batch_size, args.tokens_per_micro_batch
-    reward = load_reward(args.reward, device, *micro)
-    gold = load_reward(args.gold, device, *micro) if args.gold else None
+    reward = load_reward(args.reward, device, *micro, bf16)
+    gold = load_reward(args.gold, device, *micro, bf16) if args.gold else None
     if args.gradient_checkpointing:
         checkpoint_gradients(policy)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad],
+                                  lr=args.lr, weight_decay=0.0, fused=True)
     updates_in_all = args.steps * args.epochs * args.minibatches
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
-    models = {"policy": policy, "reference": reference, "reward": getattr(reward, "model", None)}
+    models = {"policy": policy, "reference": None if adapter else reference, "reward": getattr(reward, "model", None)}
 
     # --- the run folder, sampling and evaluation
     for name, model in models.items():  # what is held in memory, besides activations
         if model is not None:
-            n, trained = model.num_parameters(), next(model.parameters()).requires_grad
-            print(f"{name:10} {n / 1e6:10.2f} M parameters {n * (16 if trained else 4) / 2**20:10.1f} MiB"
-                  f"  float32 weights{', gradients and two moments' if trained else ''}")
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            size = 12 * trained + sum(p.numel() * p.element_size() for p in model.parameters())
+            print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB  weights"
+                  + (f", gradients and two moments of {trained / 1e6:.2f} M" if trained else ""))
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
         fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
     (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+
+    def progress(parts: list, name: str):
+        """A bar within a step that takes seconds."""
+        return tqdm(parts, desc=name, delay=2, leave=False, disable=None)
 
     def append(name: str, row: dict):
         with open(run_dir / name, "a", encoding="utf-8") as file:
@@ -382,8 +398,9 @@ def main(args: Args):
         prompt_ids, prompt_mask = pad(some_prompts, pad_id, "left", device)
         at_once = max(1, args.generate_batch_size // group_size)
         with autocast:  # one context for all tokens: the weights are cast once
+            prompts_at_once = list(zip(prompt_ids.split(at_once), prompt_mask.split(at_once)))
             parts = [generate(policy, ids, m, args, group_size, ends, pad_id, generator)
-                     for ids, m in zip(prompt_ids.split(at_once), prompt_mask.split(at_once))]
+                     for ids, m in progress(prompts_at_once, "generate")]
         mask = torch.cat([m for _, m in parts])
         lengths = mask.sum(1)  # (B,)
         mask = mask[:, :lengths.max()]  # (B, T)
@@ -394,6 +411,16 @@ def main(args: Args):
             [ids[m.bool()] for ids, m in zip(completion_ids, mask)], skip_special_tokens=True)
         repeat = [t.repeat_interleave(group_size, 0) for t in (prompt_ids, prompt_mask)]
         return *repeat, completion_ids, mask, truncated, texts
+
+    @torch.no_grad()
+    def logprobs_of(model, *rollout):
+        """Log-probs and entropies of a rollout (prompt_ids and the rest) under a model: two (B, T)."""
+        logprobs, entropy = (torch.zeros(rollout[3].shape, device=device) for _ in range(2))  # (B, T)
+        for rows in progress(micro_batches(rollout[1].sum(1) + rollout[3].sum(1), *micro), "log-probs"):
+            with autocast:
+                logprobs[rows], entropy[rows] = completion_logprobs(
+                    model, *(t[rows] for t in rollout), args.temperature)
+        return logprobs, entropy
 
     first_texts, first_scores = [], None  # the reference's completions, and what judges a win
 
@@ -406,13 +433,10 @@ def main(args: Args):
         if gold:
             scores["gold"] = gold(eval_data, texts)
         if reference is not None:
-            kl = torch.zeros(len(texts), device=device)
-            for rows in micro_batches(ids[1].sum(1) + mask.sum(1), *micro):
-                batch = *(t[rows] for t in ids), mask[rows]
-                with torch.no_grad(), autocast:
-                    kl[rows] = kl_estimate(*(completion_logprobs(m, *batch, args.temperature)[0]
-                                             for m in (policy, reference))).sum(1)
-            scores["kl"] = kl
+            logprobs, _ = logprobs_of(policy, *ids, mask)
+            with as_reference(reference, adapter, device):
+                ref_logprobs, _ = logprobs_of(reference, *ids, mask)
+            scores["kl"] = kl_estimate(logprobs, ref_logprobs).sum(1)
         judge = scores["gold" if gold else "reward"]
         if first_scores is None:
             first_texts, first_scores = texts, judge
@@ -475,14 +499,12 @@ def main(args: Args):
         clock.append(time.time())
         old_logprobs = torch.zeros(mask.shape, device=device)  # (B, T)
         ref_logprobs, entropy = old_logprobs.clone(), old_logprobs.clone()  # (B, T)
-        for rows in micro_batches(lengths, *micro):
-            ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
-            with torch.no_grad(), autocast:
-                if reference is not None:
-                    ref_logprobs[rows], _ = completion_logprobs(reference, *ids, args.temperature)
-                if old_first:
-                    old_logprobs[rows], entropy[rows] = completion_logprobs(
-                        policy, *ids, args.temperature)
+        rollout = prompt_ids, prompt_mask, completion_ids, mask
+        if reference is not None:
+            with as_reference(reference, adapter, device):
+                ref_logprobs, _ = logprobs_of(reference, *rollout)
+        if old_first:
+            old_logprobs, entropy = logprobs_of(policy, *rollout)
 
         # --- 4. advantages
         clock.append(time.time())
@@ -504,7 +526,7 @@ def main(args: Args):
                     weights[rows] = token_weights(
                         loss_mask[rows], args.loss_type, args.max_new_tokens) / share
                 loss_sum = 0.0
-                for rows in parts:
+                for rows in progress(parts, "update"):
                     ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
                     with autocast:
                         logprobs, entropy_now = completion_logprobs(policy, *ids, args.temperature)
@@ -563,7 +585,8 @@ def main(args: Args):
             evaluate(step)
         if interrupted:
             break
-    policy.save_pretrained(run_dir / "checkpoint")
+    (adapter or policy).save_pretrained(run_dir / "checkpoint")
+    policy.config.save_pretrained(run_dir / "checkpoint")  # an adapter is saved without it
     tokenizer.save_pretrained(run_dir / "checkpoint")
     print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
           f"the policy is in {run_dir / 'checkpoint'}")

@@ -38,9 +38,9 @@ from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler,
                           logging)
 
-from common import (checkpoint_gradients, context_of, encode, encode_prompts, fail,
+from common import (add_lora, checkpoint_gradients, context_of, encode, encode_prompts, fail,
                     load_model, load_tokenizer, micro_batches, pad, read_pairs, render,
-                    score_ids, score_texts)
+                    score_ids, score_texts, wants_bf16)
 
 
 # --- arguments
@@ -89,9 +89,12 @@ class Args:
     """and most tokens, with padding (16384 to 65536 on a GPU of 80 GB)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
+    lora_rank: int = 0
+    """train low-rank updates of the weights, of this rank (8 to 64), with an --lr ten times higher
+    (0: the weights)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products (autocast; weights stay float32): auto is bfloat16 on a GPU, float32
-    elsewhere"""
+    """of matrix products (autocast; weights stay float32): auto is bfloat16 where it is faster, on a
+    GPU and for large models on CPUs that have it"""
     device: str = "auto"
     """auto: a GPU where there is one"""
 
@@ -153,7 +156,7 @@ def correlation(a, b) -> float:
 
 def main(args: Args):
     # --- setup
-    for flag in ("centering", "warmup", "eval_every", "bias_prompts", "max_tokens"):
+    for flag in ("centering", "lora_rank", "warmup", "eval_every", "bias_prompts", "max_tokens"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("epochs", "pairs_per_step", "lr", "micro_batch_size", "tokens_per_micro_batch",
@@ -172,8 +175,6 @@ def main(args: Args):
         torch.zeros(1, device=device)
     except Exception as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
-    bf16 = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
@@ -188,6 +189,8 @@ def main(args: Args):
                  "out: lower it, or name --eval-data")
     tokenizer = load_tokenizer(args.model)
     model, missing = load_model(AutoModelForSequenceClassification, args.model, device, num_labels=1)
+    bf16 = wants_bf16(args.dtype, model)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if tokenizer.pad_token_id == tokenizer.eos_token_id:  # the head is read before the padding, and
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})  # would be read before the end as well
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -236,9 +239,11 @@ def main(args: Args):
         reference_rows, reference_prompts = encode_prompts(
             reference_tokenizer, [data[i] for i in spread], args.data,
             context_of(reference) - args.max_new_tokens, args.max_tokens)
+    adapter = add_lora(model, args.lora_rank, bf16) if args.lora_rank else None
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  lr=args.lr, weight_decay=0.0, fused=True)
     order = []  # batches of pairs at random, each of alike lengths, which share their padding
     for _ in range(args.epochs):
         for part in torch.randperm(len(pairs)).split(16 * args.pairs_per_step):
@@ -359,7 +364,8 @@ def main(args: Args):
         model.config.reward_bias = getattr(model.config, "reward_bias", 0.0) - mean
         print(f"reward_bias {model.config.reward_bias:.4f}: the mean score of {len(texts)} completions "
               f"by {reference_name} is now 0")
-    model.save_pretrained(run_dir / "checkpoint")
+    (adapter or model).save_pretrained(run_dir / "checkpoint")
+    model.config.save_pretrained(run_dir / "checkpoint")  # an adapter is saved without it
     tokenizer.save_pretrained(run_dir / "checkpoint")
     print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
           f"the reward model is in {run_dir / 'checkpoint'}")

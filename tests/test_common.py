@@ -965,3 +965,14 @@ common.load_reward(sys.argv[2], "cpu", 8)([{"prompt": "is"}], ["it " * 300])
     assert run.returncode == 2 and run.stdout == ""
     lines = run.stderr.splitlines()
     assert len(lines) == 2 and all(line.startswith("error: ") for line in lines), run.stderr
+
+
+def test_bf16_is_chosen_where_it_is_faster(monkeypatch):
+    small, _ = common.load_model(AutoModelForCausalLM, "tiny/policy", "cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert common.wants_bf16("bfloat16", small) and not common.wants_bf16("float32", small)
+    assert not common.wants_bf16("auto", small)  # what it gains is less than what the casts cost
+    monkeypatch.setattr(small, "num_parameters", lambda: 135_000_000)
+    assert common.wants_bf16("auto", small) and not common.wants_bf16("float32", small)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
+    assert not common.wants_bf16("auto", small)

@@ -374,7 +374,7 @@ def test_beta_zero_loads_no_reference(tmp_path, monkeypatch):
     loads, load = [], ppo.load_model
     monkeypatch.setattr(ppo, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
     log = run(tmp_path, beta=0.0, steps=1)
-    assert [a[0] for a in loads] == [AutoModelForCausalLM, AutoModelForTokenClassification]
+    assert [a[0] for a in loads] == [AutoModelForCausalLM, AutoModelForSequenceClassification]  # policy, critic
     assert "kl" not in log[0]
 
 

@@ -1,0 +1,114 @@
+"""Peak memory of one update of grpo.py, measured, beside an account of it part by part:
+
+    python benchmarks/memory.py --shape 0.5b --layers 4 --rows 2 --prompt-tokens 256 --completion-tokens 256
+    python benchmarks/memory.py --shape 0.6b --rows 4 --prompt-tokens 2048 --completion-tokens 1024 --device cuda
+    python benchmarks/memory.py --shape 7b --rows 4 --prompt-tokens 2048 --completion-tokens 1024 --account-only
+
+The shapes are Qwen's with random weights, bfloat16 products, the reference frozen beside the policy; one
+micro-batch of --rows completions is all of the update, each with a prompt of its own. Where there is no
+GPU of the size at hand, the account is checked on smaller shapes (--layers), and trusted for larger.
+
+The account, in bytes, for n parameters, L layers of width D and inner width I, V tokens in the vocabulary, and t
+tokens in the micro-batch, of which c are of completions:
+  trained     16 n                          float32 weights, gradients, two moments of AdamW
+  copies       2 n                          the matrices in bfloat16, which autocast keeps until it ends
+  reference    2 n + 2 V D                  matrices in bfloat16, embeddings in float32
+  layers       t L (34 D + 8 I)             what a layer keeps for its backward pass: about 8 float32 and 1 bfloat16
+                                            of its width (norms, residuals, attention), 4 bfloat16 of its inner width
+               t (4 L D + 34 D + 8 I)       with --gradient-checkpointing: each layer's input, and one layer
+  logits      12 min(c V, LOGITS_AT_ONCE)   a chunk in float32: logits, log-softmax, gradient
+"""
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+from grpo import policy_loss  # noqa: E402
+
+SHAPES = {  # width, layers, heads, key-value heads, inner width, tied: Qwen2.5's and Qwen3-0.6B's, 151,936 tokens
+    "0.5b": (896, 24, 14, 2, 4864, True), "0.6b": (1024, 28, 16, 8, 3072, True),
+    "1.5b": (1536, 28, 12, 2, 8960, True), "7b": (3584, 28, 28, 4, 18944, False)}
+
+
+@dataclass
+class Args:
+    shape: Literal["0.5b", "0.6b", "1.5b", "7b"] = "0.5b"
+    layers: int = 0
+    """fewer than the shape's (0: as it is)"""
+    rows: int = 2
+    prompt_tokens: int = 256
+    completion_tokens: int = 256
+    gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    device: str = "cpu"
+    account_only: bool = False
+
+
+def account(args: Args, n: int, width: int, layers: int, inner: int, vocabulary: int) -> dict[str, float]:
+    """Bytes, by part."""
+    c = args.rows * args.completion_tokens
+    t = c + args.rows * args.prompt_tokens
+    layer = 34 * width + 8 * inner
+    return {"trained": 16 * n, "copies": 2 * n, "reference": 2 * n + 2 * vocabulary * width,
+            "layers": t * (4 * layers * width + layer) if args.gradient_checkpointing else t * layers * layer,
+            "logits": 12 * min(c * vocabulary, common.LOGITS_AT_ONCE)}
+
+
+def main(args: Args):
+    width, layers, heads, kv_heads, inner, tied = SHAPES[args.shape]
+    layers, vocabulary = args.layers or layers, 151_936
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=inner, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        n = AutoModelForCausalLM.from_config(config).num_parameters()
+    parts = account(args, n, width, layers, inner, vocabulary)
+    if not args.lora_rank:  # the account is of full training
+        print("account  " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
+              + f"; {sum(parts.values()) / 2**30:.2f} GiB")
+    if args.account_only:
+        return
+
+    device = torch.device(args.device)
+    cpu = device.type == "cpu"
+    before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() if cpu else 0
+    torch.manual_seed(0)
+    policy, reference = (AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+                         for _ in range(2))
+    common.freeze(reference, True)
+    if args.lora_rank:
+        common.add_lora(policy, args.lora_rank, True)
+    if args.gradient_checkpointing:
+        common.checkpoint_gradients(policy)
+    policy.train()
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6, fused=True)
+    prompts, completions = (torch.randint(vocabulary, (args.rows, tokens), device=device)
+                            for tokens in (args.prompt_tokens, args.completion_tokens))
+    rollout = prompts, torch.ones_like(prompts), completions, torch.ones_like(completions)
+    for _ in range(2):  # the second has the moments from the first
+        with torch.autocast(device.type, torch.bfloat16):
+            with torch.no_grad():
+                old, _ = common.completion_logprobs(reference, *rollout)
+        with torch.autocast(device.type, torch.bfloat16):
+            logprobs, _ = common.completion_logprobs(policy, *rollout)
+        loss, _, _ = policy_loss(logprobs, old, torch.ones(args.rows, device=device), rollout[3], "grpo", 0.2, 0.2)
+        loss.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before if cpu
+            else torch.cuda.max_memory_allocated())
+    print(f"measured {peak / 2**30:.2f} GiB, {args.shape} with {layers} layers, {n / 1e6:.0f} M parameters, "
+          f"{args.rows} x ({args.prompt_tokens} + {args.completion_tokens}) tokens"
+          f"{', gradient checkpointing' if args.gradient_checkpointing else ''}"
+          f"{f', LoRA of rank {args.lora_rank}' if args.lora_rank else ''}, {args.device}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
