@@ -13,8 +13,10 @@ tokens in the micro-batch, of which c are of completions:
   trained     16 n                          float32 weights, gradients, two moments of AdamW
   copies       2 n                          the matrices in bfloat16, which autocast keeps until it ends
   reference    2 n + 2 V D                  matrices in bfloat16, embeddings in float32
+               with --lora-rank these three are 2 n + 2 V D, and 16 bytes for each of the adapter's parameters
   layers       t L (34 D + 8 I)             what a layer keeps for its backward pass: about 8 float32 and 1 bfloat16
                                             of its width (norms, residuals, attention), 4 bfloat16 of its inner width
+               t L (58 D + 12 I)            with --lora-rank: peft keeps a float32 copy of each matrix's input
                t (4 L D + 34 D + 8 I)       with --gradient-checkpointing: each layer's input, and one layer
   logits      12 min(c V, LOGITS_AT_ONCE)   a chunk in float32: logits, log-softmax, gradient
 """
@@ -51,13 +53,18 @@ class Args:
     account_only: bool = False
 
 
-def account(args: Args, n: int, width: int, layers: int, inner: int, vocabulary: int) -> dict[str, float]:
+def account(args: Args, n: int, width: int, layers: int, inner: int, keys: int, vocabulary: int) -> dict[str, float]:
     """Bytes, by part."""
     c = args.rows * args.completion_tokens
     t = c + args.rows * args.prompt_tokens
-    layer = 34 * width + 8 * inner
-    return {"trained": 16 * n, "copies": 2 * n, "reference": 2 * n + 2 * vocabulary * width,
-            "layers": t * (4 * layers * width + layer) if args.gradient_checkpointing else t * layers * layer,
+    layer = (58 * width + 12 * inner) if args.lora_rank else (34 * width + 8 * inner)
+    frozen = 2 * n + 2 * vocabulary * width
+    if args.lora_rank:
+        ends = 4 * width + 2 * (width + keys) + 3 * (width + inner)  # of a layer's seven matrices
+        models = {"frozen": frozen, "adapter": 16 * args.lora_rank * layers * ends}
+    else:
+        models = {"trained": 16 * n, "copies": 2 * n, "reference": frozen}
+    return {**models, "layers": t * (4 * layers * width + layer) if args.gradient_checkpointing else t * layers * layer,
             "logits": 12 * min(c * vocabulary, common.LOGITS_AT_ONCE)}
 
 
@@ -69,10 +76,9 @@ def main(args: Args):
         num_key_value_heads=kv_heads, intermediate_size=inner, tie_word_embeddings=tied)
     with torch.device("meta"):
         n = AutoModelForCausalLM.from_config(config).num_parameters()
-    parts = account(args, n, width, layers, inner, vocabulary)
-    if not args.lora_rank:  # the account is of full training
-        print("account  " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
-              + f"; {sum(parts.values()) / 2**30:.2f} GiB")
+    parts = account(args, n, width, layers, inner, width // heads * kv_heads, vocabulary)
+    print("account  " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
+          + f"; {sum(parts.values()) / 2**30:.2f} GiB")
     if args.account_only:
         return
 
@@ -80,11 +86,12 @@ def main(args: Args):
     cpu = device.type == "cpu"
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() if cpu else 0
     torch.manual_seed(0)
-    policy, reference = (AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-                         for _ in range(2))
-    common.freeze(reference, True)
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     if args.lora_rank:
-        common.add_lora(policy, args.lora_rank, True)
+        adapter, reference = common.add_lora(policy, args.lora_rank, True), policy
+    else:
+        adapter, reference = None, AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+        common.freeze(reference, True)
     if args.gradient_checkpointing:
         common.checkpoint_gradients(policy)
     policy.train()
@@ -93,8 +100,8 @@ def main(args: Args):
                             for tokens in (args.prompt_tokens, args.completion_tokens))
     rollout = prompts, torch.ones_like(prompts), completions, torch.ones_like(completions)
     for _ in range(2):  # the second has the moments from the first
-        with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
+        with torch.no_grad(), common.as_reference(reference, adapter, device):
+            with torch.autocast(device.type, torch.bfloat16):
                 old, _ = common.completion_logprobs(reference, *rollout)
         with torch.autocast(device.type, torch.bfloat16):
             logprobs, _ = common.completion_logprobs(policy, *rollout)
