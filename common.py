@@ -355,8 +355,14 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
     checkpointing = network.training and any(  # it forbids a cache
         getattr(m, "gradient_checkpointing", False) for m in network.modules())
     if P == 1 or len(prompts) == len(ids) or checkpointing:
-        output = network(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)[0]
-        return output[:, output.shape[1] - T:]
+        # every row from its first token on: what is then padding comes last, where no token looks at it
+        first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
+        every = torch.arange(int(attention.sum(1).max()), device=ids.device)[None]  # (1, longest row)
+        output = network(input_ids=ids.gather(1, (every + first).clamp(max=P + T - 2)),
+                         position_ids=every, use_cache=False)[0]  # (B, longest row, ·)
+        before = torch.arange(P - 1, P + T - 1, device=ids.device) - first  # (B, T)
+        return output[torch.arange(len(ids), device=ids.device)[:, None],
+                      before.clamp(max=output.shape[1] - 1)]
     prompt_mask, prompt_ids = prompts[:, :P - 1], prompts[:, P:-1]  # (prompts, P - 1), each once
     cache = DynamicCache(config=network.config)
     network(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True,
@@ -426,14 +432,17 @@ def past(model, cache) -> dict:
 
 def micro_batches(lengths: torch.Tensor, size: int, tokens: float = math.inf,
                   rows: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """Row numbers in groups of at most `size` rows, and of at most `tokens` with their padding (or
-    a single row), the longest first: alike rows share their padding, and what does not fit in
-    memory fails at once. lengths (B,); rows: some of 0..B-1, or all."""
+    """Row numbers in groups, the longest first, so that what does not fit in memory fails at once: of at
+    most `size` rows, at most `tokens` with their padding (or a single row), and none shorter than 0.7
+    of its group's longest, since padding costs what tokens cost. lengths (B,); rows: some of 0..B-1,
+    or all."""
     rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
     rows = rows[lengths[rows].argsort(descending=True, stable=True)]
-    longest, sizes = lengths[rows].tolist(), []
-    while sum(sizes) < len(rows):
-        sizes.append(min(size, max(1, int(min(tokens, 2**62) // longest[sum(sizes)])), len(rows) - sum(sizes)))
+    left, sizes = lengths[rows].tolist(), []
+    while left:
+        alike = sum(n >= 0.7 * left[0] for n in left)
+        sizes.append(min(size, max(1, int(min(tokens, 2**62) // left[0])), alike))
+        left = left[sizes[-1]:]
     return list(rows.split(sizes))
 
 

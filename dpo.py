@@ -338,7 +338,7 @@ def main(args: Args):
     order = []  # batches of pairs at random, each of alike lengths, which share their padding
     for _ in range(args.epochs):
         for part in torch.randperm(len(pairs)).split(16 * args.pairs_per_step):
-            part = sorted(part.tolist(), key=lambda i: sum(map(len, pairs[i])))
+            part = sorted(part.tolist(), key=lambda i: max(map(len, pairs[i][1:])))
             batches = [part[i:i + args.pairs_per_step]
                        for i in range(0, len(part), args.pairs_per_step)]
             order += [batches[i] for i in torch.randperm(len(batches)).tolist()]

@@ -60,7 +60,7 @@ class Args:
     side: Literal["both", "plain-rlhf"] = "both"
     """plain-rlhf: needs no TRL"""
     child: str = ""
-    """for this script's own use: the algorithm that a process runs with TRL"""
+    """for this script's own use: what a process of its own does, an algorithm with TRL, or limits"""
 
 
 def steps_of(args: Args, name: str) -> int:
@@ -137,13 +137,20 @@ def ours(args: Args, name: str, model: str, folder: str) -> dict:
     return {"rows": [row for row in rows if "seconds" in row][2:], "memory": memory}
 
 
-def trl(args: Args, name: str, model: str, folder: str) -> dict:
+def again(args: Args, name: str, model: str) -> tuple[str, float]:
+    """This script in a process of its own, since memory is measured by process, and a child's peak is
+    no less than what its parent held: (its last line, its peak memory in MiB)."""
     flags = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(args).items()
              if k not in ("algorithms", "fixed_length", "random_weights", "model", "child")}
     out, memory = child([sys.executable, __file__, "--child", name, "--model", model,
                          *(str(x) for pair in flags.items() for x in pair),
                          *(["--random-weights", args.random_weights] if args.random_weights else [])])
-    return {"rows": [{"seconds": s} for s in json.loads(out.splitlines()[-1])], "memory": memory}
+    return json.loads(out.splitlines()[-1]), memory
+
+
+def trl(args: Args, name: str, model: str, folder: str) -> dict:
+    seconds, memory = again(args, name, model)
+    return {"rows": [{"seconds": s} for s in seconds], "memory": memory}
 
 
 def pairs_file(args: Args, name: str, folder: str) -> str:
@@ -227,12 +234,12 @@ def run_trl(args: Args):
     print(json.dumps([b - a for a, b in zip(times.ends[1:], times.ends[2:])]))
 
 
-def limits(args: Args, model: str) -> tuple[float, float, float]:
-    """(matrix products in operations a second, a copy's bytes a second, the model's parameters)."""
+def limits(args: Args):
+    """Prints matrix products in operations a second, a copy's bytes a second, the model's parameters."""
     import torch
     from transformers import AutoModelForCausalLM
     dtype, device = getattr(torch, args.dtype), args.device
-    parameters = AutoModelForCausalLM.from_pretrained(model).num_parameters()
+    parameters = AutoModelForCausalLM.from_pretrained(args.model).num_parameters()
 
     def best(function) -> float:
         """Seconds of the fastest of ten."""
@@ -249,7 +256,8 @@ def limits(args: Args, model: str) -> tuple[float, float, float]:
     a, b = torch.randn(n, n, dtype=dtype, device=device), torch.randn(n, n, dtype=dtype, device=device)
     source = torch.zeros(2**28 // 4, device=device)
     target = torch.ones_like(source)
-    return 2 * n**3 / best(lambda: a @ b), 2 * 2**28 / best(lambda: target.copy_(source)), parameters
+    print()
+    print(json.dumps([2 * n**3 / best(lambda: a @ b), 2 * 2**28 / best(lambda: target.copy_(source)), parameters]))
 
 
 def middle(rows: list[dict], key: str) -> float:
@@ -258,10 +266,10 @@ def middle(rows: list[dict], key: str) -> float:
 
 def main(args: Args):
     if args.child:
-        return run_trl(args)
+        return limits(args) if args.child == "limits" else run_trl(args)
     with tempfile.TemporaryDirectory() as where:
         model = prepare(args, f"{where}/model")
-        peak, bandwidth, parameters = limits(args, model)
+        (peak, bandwidth, parameters), _ = again(args, "limits", model)
         print(f"{model if not args.random_weights else args.random_weights}: {parameters / 1e6:.2f} M parameters, "
               f"{args.dtype}; limits: {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s", flush=True)
         for name in args.algorithms:

@@ -189,7 +189,7 @@ def test_gradient_checkpointing_shares_nothing_and_changes_nothing(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    same(common.completion_logprobs(model, *rows)[0], expected)
+    torch.testing.assert_close(common.completion_logprobs(model, *rows)[0], expected, atol=1e-5, rtol=0)
 
 
 def test_a_sliding_window_sees_the_same_through_the_cache():
@@ -376,7 +376,7 @@ def test_masked_whiten_of_equal_values():
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
 def test_micro_batches(size):
-    """Every row once, the longest first, of a part of the rows too; no group is too large."""
+    """Every row once, the longest first, of a part of the rows too; a group is as large as it may be."""
     torch.manual_seed(0)
     lengths = torch.randint(1, 9, (17,))
     for rows in (None, torch.tensor([16, 2, 3, 5, 8, 11])):
@@ -385,14 +385,16 @@ def test_micro_batches(size):
         order = torch.cat(groups)
         assert sorted(order.tolist()) == sorted(range(17) if rows is None else rows.tolist())
         assert lengths[order].tolist() == sorted(lengths[order].tolist(), reverse=True)
-        assert len(groups) == math.ceil(len(order) / size)
+        for group, following in zip(groups, groups[1:]):
+            assert lengths[group].min() >= 0.7 * lengths[group[0]]
+            assert len(group) == size or lengths[following[0]] < 0.7 * lengths[group[0]]
 
 
 def test_micro_batches_of_so_many_tokens():
-    lengths = torch.tensor([3, 50, 8, 7, 2, 9])
+    lengths = torch.tensor([3, 50, 8, 7, 3, 9])
     parts = [part.tolist() for part in common.micro_batches(lengths, 3, 20)]
-    assert parts == [[1], [5, 2], [3, 0], [4]]  # 50 alone; 2 x 9; 2 x 7, as 3 x 7 is too many; the rest
-    assert [part.tolist() for part in common.micro_batches(lengths, 2, 20, torch.tensor([0, 2, 4]))] == [[2, 0], [4]]
+    assert parts == [[1], [5, 2], [3], [0, 4]]  # 50 alone; 2 x 9, as 3 x 9 is too many; 7 and 3 are not alike
+    assert [part.tolist() for part in common.micro_batches(lengths, 2, 20, torch.tensor([0, 2, 4]))] == [[2], [0, 4]]
 
 
 def test_pad():

@@ -324,6 +324,6 @@ def test_micro_batches_change_no_gradient(loss_type):
     assert whole.norm() > 0.01
     errors = [off(gradient_in_micro_batches(size, loss_type), whole) for size in (1, 3)]
     if loss_type == "bnpo":
-        assert min(errors) > 0.05, errors
+        assert errors[0] > 0.05, errors
     else:
         assert max(errors) < 1e-5, errors

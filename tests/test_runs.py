@@ -143,7 +143,8 @@ def test_the_first_update_has_ratio_one_and_later_ones_do_not(tmp_path, monkeypa
     monkeypatch.setattr(grpo, "policy_loss", lambda new, old, *rest: ratios.append(
         (new - old).detach().abs().max().item()) or policy_loss(new, old, *rest))
     run_grpo(tmp_path, steps=1, eval_every=0, minibatches=2, micro_batch_size=100, lr=1e-3)
-    assert ratios[0] == 0 and ratios[1] > 0
+    zero = [r == 0 for r in ratios]  # of micro-batch after micro-batch
+    assert zero == sorted(zero, reverse=True) and 0 < sum(zero) < len(zero)
 
 
 def test_beta_zero_loads_no_reference_and_one_update_makes_no_second_forward(tmp_path, monkeypatch):
@@ -152,7 +153,7 @@ def test_beta_zero_loads_no_reference_and_one_update_makes_no_second_forward(tmp
     monkeypatch.setattr(grpo, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
     monkeypatch.setattr(grpo, "completion_logprobs", lambda *a: calls.append(a) or logprobs(*a))
     log = run_grpo(tmp_path, beta=0.0, steps=1, micro_batch_size=100)
-    assert len(loads) == 1 and len(calls) == 1 and not any("kl" in r or "eval_kl" in r for r in log)
+    assert len(loads) == 1 and sum(len(a[4]) for a in calls) == 12 and not any("kl" in r or "eval_kl" in r for r in log)
 
 
 def test_masked_completions_stay_in_the_group_and_in_attention(tmp_path, monkeypatch):
