@@ -225,8 +225,8 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
     grpo, gspo: the mean over completions of the mean over their tokens (DeepSeekMath, eq. 3).
     dapo, cispo: the mean over all tokens of the update. DAPO's eq. 8 writes it for one
         group; as in its authors' code, and elsewhere, a batch of groups has one mean.
-    bnpo: TRL's name for that mean within each micro-batch, so the one that depends on their
-    size.
+    bnpo: TRL's name for that mean within each micro-batch, so the one that depends on how they
+        are split; here each counts by its number of completions.
     dr_grpo: the sum over tokens, over a constant: completions times the longest
     (arXiv:2503.20783).
     """
@@ -522,9 +522,8 @@ def main(args: Args):
                 parts = micro_batches(lengths, *micro, minibatch)
                 weights = torch.zeros(mask.shape, device=device)  # (B, T)
                 for rows in parts if args.loss_type == "bnpo" else [minibatch]:
-                    share = len(parts) if args.loss_type == "bnpo" else 1
-                    weights[rows] = token_weights(
-                        loss_mask[rows], args.loss_type, args.max_new_tokens) / share
+                    weights[rows] = token_weights(loss_mask[rows], args.loss_type,
+                                                  args.max_new_tokens) * len(rows) / len(minibatch)
                 loss_sum = 0.0
                 for rows in progress(parts, "update"):
                     ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]

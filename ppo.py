@@ -236,7 +236,7 @@ def load_critic(name: str, device):
     """A one-label token-classification model from a reward model, whose head it takes over, or
     from a causal LM, with a head of zeros."""
     scorer, missing = load_model(AutoModelForSequenceClassification, name, device, num_labels=1)
-    critic = AutoModelForTokenClassification.from_config(scorer.config, dtype=torch.float32).to(device)
+    critic = AutoModelForTokenClassification.from_config(scorer.config, dtype=scorer.dtype).to(device)
     setattr(critic, critic.base_model_prefix, scorer.base_model)
     critic.dropout.p = 0.0
     head = critic.score if hasattr(critic, "score") else critic.classifier  # so GPT-2 names it

@@ -302,8 +302,7 @@ def gradient_in_micro_batches(size, loss_type, lengths=(6, 1, 4, 2, 5, 3, 6, 1))
     parts = micro_batches(prompt_mask.sum(1) + mask.sum(1), size)
     weights = torch.zeros(8, 6)
     for rows in parts if loss_type == "bnpo" else [torch.arange(8)]:
-        share = len(parts) if loss_type == "bnpo" else 1
-        weights[rows] = token_weights(loss_mask[rows], loss_type, 6) / share
+        weights[rows] = token_weights(loss_mask[rows], loss_type, 6) * len(rows) / 8
     for rows in parts:
         logprobs, _ = completion_logprobs(
             model, prompt_ids[rows], prompt_mask[rows], ids[rows], mask[rows])

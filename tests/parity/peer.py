@@ -134,6 +134,12 @@ def run(script, tmp_path, patches=(), **args) -> list[Update]:
     return updates
 
 
+def undivided(script):
+    """A patch: each update as one micro-batch."""
+    return script, "micro_batches", lambda lengths, size, tokens, rows=None: [
+        torch.arange(len(lengths)) if rows is None else rows]
+
+
 def run_on(script, tmp_path, rollout: Rollout, patches=(), **args) -> list[Update]:
     """The updates of one step of an on-policy script on a rollout."""
     size = len(rollout.completions[0])

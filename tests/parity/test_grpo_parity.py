@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
 import torch
 from peer import (GROUP, LENGTH, PROMPTS, agree, error, normal, run_on, same, sampled, theirs,
-                  trainer_of)
+                  trainer_of, undivided)
 
 import grpo
 
@@ -46,7 +46,7 @@ def micro(inputs: dict, size: int) -> list[dict]:
 def test_loss_and_gradients(tmp_path, loss_type, beta):
     peer = trainer(tmp_path, loss_type, beta=beta)
     rollout, inputs = sampled(peer, normal(1))
-    updates = ours(tmp_path, rollout, loss_type, beta=beta)
+    updates = ours(tmp_path, rollout, loss_type, beta=beta, patches=[undivided(grpo)])
     assert len(updates) == 3
     for update in updates:
         agree(f"grpo.py {loss_type}, beta {beta}", update,
@@ -68,7 +68,7 @@ def test_kl_times_the_ratio(tmp_path, loss_type):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_micro_batches(tmp_path, loss_type):
-    # four there, three of other rows here; bnpo is the one that depends on them
+    # four there, of other rows and numbers here; bnpo is the one that depends on them
     peer = trainer(tmp_path, loss_type, beta=0.1, per_device_train_batch_size=B // 4,
                    gradient_accumulation_steps=4)
     rollout, inputs = sampled(peer, normal(2))

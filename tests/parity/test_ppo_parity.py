@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
 import torch
 from peer import (LENGTH, THEIRS, Dataset, Rollout, Update, agree, error, in_float64, policy,
-                  prompts, reference, run_on, same, tokenizer)
+                  prompts, reference, run_on, same, tokenizer, undivided)
 from transformers import AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -84,9 +84,10 @@ def ours(tmp_path, seen, policies, critics, **args):
             for p, weight in zip(optimizer.param_groups[0]["params"], next(after, ())):
                 p.copy_(weight)
 
-    updates = run_on(ppo, tmp_path, rollout, patches=[(torch.optim.AdamW, "step", step)],
-                     **(dict(critic=CRITIC, epochs=UPDATES, minibatches=1, beta=0.1, temperature=0.8,
-                             lam=0.95) | args))
+    updates = run_on(ppo, tmp_path, rollout,
+                     patches=[(torch.optim.AdamW, "step", step), undivided(ppo)],
+                     **(dict(critic=CRITIC, epochs=UPDATES, minibatches=1, beta=0.1,
+                             temperature=0.8, lam=0.95) | args))
     # the critic's loss is differentiated first, then the policy's, and then both are clipped
     mine, critic = updates[::2], updates[1::2]
     for a, b in zip(mine, critic, strict=True):
