@@ -95,8 +95,6 @@ class Args:
 
     beta: float = 0.04
     """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded)"""
-    lr: float = 4e-4
-    """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """after the warm-up, for the rest of the updates"""
     warmup: int = 0
@@ -131,6 +129,8 @@ class Args:
     """held-out prompts, one completion each"""
 
     # --- arguments of the algorithm
+    lr: float = 4e-4
+    """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
     epochs: int = 1
     """passes over a rollout (1)"""
     minibatches: int = 1
