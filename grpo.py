@@ -21,7 +21,7 @@ has concentrated. `--kl-in reward --scale-rewards none --loss-type dr_grpo` is t
 README.md, "Where it converges", has by how much each misses, and why.
 Neighbours: reinforce.py takes a completion as one action, ppo.py learns a critic.
 
-    python grpo.py                                     the tiny world: a minute on a laptop
+    python grpo.py                                     the tiny world: half a minute on a laptop
     python grpo.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
 
 Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without

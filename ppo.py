@@ -22,7 +22,7 @@ converges".
 Neighbours: grpo.py compares with the group in place of the critic, reinforce.py takes the whole
 completion as one action.
 
-    python ppo.py                                      the tiny world: a minute and a half
+    python ppo.py                                      the tiny world: a minute on a laptop
     python ppo.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6 --critic-lr 1e-5
 
 Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without

@@ -21,7 +21,7 @@ the mean over a group that includes y itself shrinks the reward's part of it to 
 Neighbours: grpo.py divides by the group's spread and takes the mean over tokens, ppo.py learns a
 critic.
 
-    python reinforce.py                                the tiny world: a minute on a laptop
+    python reinforce.py                                the tiny world: less than a minute
     python reinforce.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
 
 Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without
