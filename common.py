@@ -1,22 +1,32 @@
-"""What the five scripts share: rows of data, tokenization, log-prob helpers, the reward model.
-Nothing else.
+"""What the five scripts share: rows of data, tokenization, log-prob helpers, the reward model, and
+a run's folder. Nothing else.
 
 Shapes: B completions, P prompt tokens (padded on the left), T completion tokens (padded on the
 right). A user's mistake ends in one line on stderr and exit code 2; see `fail`.
 """
 import contextlib
+import dataclasses
+import fcntl
 import gzip
 import importlib.util
 import inspect
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import sys
+import time
 import traceback
+import types
+import warnings
 import zlib
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import tyro
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
@@ -25,6 +35,8 @@ from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTo
 def fail(message: str):
     """Ends the program with one line: what is wrong (file, row or flag) and what to do about
     it."""
+    if rank() > 0:
+        time.sleep(3)  # the first process says the same and ends all, unless this one's mistake is its own
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -60,6 +72,8 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
             rows.append((where, json.loads(line)))
         except json.JSONDecodeError as error:
             fail(f"{where}: not JSON: {error} (one JSON object a line is expected)")
+        if re.search(r"\\ud[89a-f]", line, re.I) and re.search("[\ud800-\udfff]", json.dumps(rows[-1][1], ensure_ascii=False)):
+            fail(f"{where}: holds half a character (a lone surrogate), which is no text: take it out")
         if not isinstance(rows[-1][1], dict):
             fail(f"{where}: a JSON object is expected, not {line.strip()[:40]}")
     if not rows:
@@ -338,6 +352,132 @@ def checkpoint_gradients(model):
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
+# --- many processes
+
+def join_processes(device: str) -> torch.device:
+    """The device of this process; where torchrun started several, it joins them: a GPU each, or all of
+    them on the CPU. Only the first one prints."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "WORLD_SIZE" in os.environ and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(device)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        fail(f"--device {device}: {first_line(error)}")
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def enough(rows: int, what: str):
+    """Fails where some process would have none of the rows."""
+    if rows < ranks():
+        fail(f"{what}: {rows} are too few for {ranks()} processes")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(rows):
+    """This process's part of rows, a list or a tensor: as many as the others', or one more."""
+    return rows[len(rows) * rank() // ranks():len(rows) * (rank() + 1) // ranks()]
+
+
+def total(value):
+    """The sum of a tensor, or a number, over the processes."""
+    if ranks() == 1:
+        return value
+    tensor = value.clone() if torch.is_tensor(value) else torch.tensor(
+        value, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor)
+    return tensor if torch.is_tensor(value) else tensor.item()
+
+
+def gather(part):
+    """The parts of all processes, one after the other: what share took apart. (b, ...) -> (B, ...)"""
+    if ranks() == 1:
+        return part
+    sizes = [torch.zeros(1, dtype=torch.long, device=part.device) for _ in range(ranks())]
+    dist.all_gather(sizes, torch.tensor([len(part)], device=part.device))
+    padded = part.new_zeros(max(map(int, sizes)), *part.shape[1:])
+    padded[:len(part)] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([rows[:n] for rows, n in zip(parts, sizes)])
+
+
+def shard(model):
+    """Splits a model's weights over the processes (FSDP2): a layer is gathered when it computes, and
+    gradients are summed. Without torchrun, the model as it is."""
+    if dist.is_initialized():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        mesh = init_device_mesh(model.device.type, (ranks(),))
+        if model.get_output_embeddings() is not None:
+            mixed = any(p.dtype == torch.bfloat16 for p in model.parameters())
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+                has_plain_head(model)  # found while it is whole
+            model.logprobs = types.MethodType(completion_logprobs_of, model)
+        for module in model.modules():
+            if type(module).__name__ in (model._no_split_modules or ()):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if hasattr(model, "logprobs"):  # it calls the body and the head one by one
+            register_fsdp_forward_method(model, "logprobs")
+        for module in sharded(model):
+            module.set_gradient_divide_factor(1.0)  # losses are normalised over all processes already
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def sharded(model) -> list:
+    """The modules of a model that shard took apart; none without torchrun."""
+    from torch.distributed.fsdp import FSDPModule
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextlib.contextmanager
+def unsharded(model, gather: bool = True):
+    """Within it, each process has all weights, and samples at its own pace. Without `gather` they go layer
+    by layer, in step; see anywhere."""
+    parts = sharded(model) if dist.is_initialized() and gather else []
+    model.in_step = dist.is_initialized() and not gather
+    for module in parts:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for i, module in enumerate(parts):
+        module.set_reshard_after_forward(module is not model, recurse=False)
+        module.reshard()
+
+
+def anywhere(alive: torch.Tensor, model) -> bool:
+    """Whether a row is still being written, here or in a process that this one must keep in step with."""
+    alive = alive.any()
+    return bool(total(alive.long()) if getattr(model, "in_step", False) else alive)
+
+
+def clip_gradients(model, most: float) -> torch.Tensor:
+    """The norm of all gradients, which are scaled down to `most` where it is larger."""
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), most))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, of which each process gets all."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 # --- log-prob helpers
 
 def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
@@ -354,7 +494,8 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
     prompts, prompt_of = torch.cat([prompt_mask, prompt_ids], 1).unique(dim=0, return_inverse=True)
     checkpointing = network.training and any(  # it forbids a cache
         getattr(m, "gradient_checkpointing", False) for m in network.modules())
-    if P == 1 or len(prompts) == len(ids) or checkpointing:
+    # (and processes must pass through their layers equally often)
+    if P == 1 or len(prompts) == len(ids) or checkpointing or dist.is_initialized():
         # every row from its first token on: what is then padding comes last, where no token looks at it
         first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
         every = torch.arange(int(attention.sum(1).max()), device=ids.device)[None]  # (1, longest row)
@@ -372,7 +513,12 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
                    use_cache=True, **past(network, cache))[0]
 
 
-def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
+def completion_logprobs(model, *rollout):
+    """completion_logprobs_of, by way of the hooks of a model that is sharded."""
+    return model.logprobs(*rollout) if hasattr(model, "logprobs") else completion_logprobs_of(model, *rollout)
+
+
+def completion_logprobs_of(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
     """log pi(token | prompt, tokens before it) and the policy's entropy at each completion
     token, in nats.
 
@@ -431,19 +577,21 @@ def past(model, cache) -> dict:
 
 
 def micro_batches(lengths: torch.Tensor, size: int, tokens: float = math.inf,
-                  rows: torch.Tensor | None = None) -> list[torch.Tensor]:
+                  rows: torch.Tensor | None = None, shared: bool = True) -> list[torch.Tensor]:
     """Row numbers in groups, the longest first, so that what does not fit in memory fails at once: of at
     most `size` rows, at most `tokens` with their padding (or a single row), and none shorter than 0.7
     of its group's longest, since padding costs what tokens cost. lengths (B,); rows: some of 0..B-1,
-    or all."""
+    or all. shared: among the processes, each of which gets its part of every group, one row at least."""
     rows = torch.arange(len(lengths), device=lengths.device) if rows is None else rows
     rows = rows[lengths[rows].argsort(descending=True, stable=True)]
-    left, sizes = lengths[rows].tolist(), []
+    left, sizes, n = lengths[rows].tolist(), [], ranks() if shared else 1
     while left:
-        alike = sum(n >= 0.7 * left[0] for n in left)
-        sizes.append(min(size, max(1, int(min(tokens, 2**62) // left[0])), alike))
+        alike = sum(length >= 0.7 * left[0] for length in left)
+        sizes.append(max(n, min(n * size, n * max(1, int(min(tokens, 2**62) // left[0])), alike)))
+        if len(left) - sizes[-1] < n:
+            sizes[-1] = len(left)
         left = left[sizes[-1]:]
-    return list(rows.split(sizes))
+    return [share(group) if shared else group for group in rows.split(sizes)]
 
 
 def kl_estimate(logprobs, ref_logprobs, kind: str = "k1"):
@@ -515,12 +663,13 @@ def score_texts(model, tokenizer, texts: list[str], size: int, tokens: float = m
              f"context of {context_of(model)}: lower --max-new-tokens, or leave out long prompts")
     scores = torch.zeros(len(rows), device=next(model.parameters()).device)
     with torch.no_grad():
-        for part in micro_batches(torch.tensor([len(row) for row in rows]), size, tokens):
+        for part in micro_batches(torch.tensor([len(row) for row in rows]), size, tokens, shared=False):
             scores[part.to(scores.device)] = score_ids(model, [rows[i] for i in part])
     return scores
 
 
-def load_reward(name: str, device, size: int, tokens: float = math.inf, bf16: bool = False):
+def load_reward(name: str, device, size: int, tokens: float = math.inf, bf16: bool = False,
+                timeout: float = 0.0):
     """reward(rows, completions) -> (B,) float32, nan where a row is left out: of a reward
     model, or a function.
 
@@ -528,7 +677,7 @@ def load_reward(name: str, device, size: int, tokens: float = math.inf, bf16: bo
     through text, with its own tokenizer and chat template; or `file.py:function`, called with
     `prompts`, `completions` and the other columns of the rows, as TRL calls it: for a prompt
     of messages the completion is a list of one message. size, tokens: as in micro_batches. bf16:
-    matrix products in bfloat16.
+    matrix products in bfloat16. timeout: seconds that a call of the function may take (0: any).
     """
     if re.search(r"\.py:\w+$", name):
         function = load_function(name)
@@ -539,8 +688,11 @@ def load_reward(name: str, device, size: int, tokens: float = math.inf, bf16: bo
             answers = [c if isinstance(p, str) else [{"role": "assistant", "content": c}]
                        for p, c in zip(prompts, completions)]
             try:
-                values = function(prompts=prompts, completions=answers, **columns)
-                values = list(values) if hasattr(values, "__iter__") else values
+                with at_most(timeout):
+                    values = function(prompts=prompts, completions=answers, **columns)
+                    values = list(values) if hasattr(values, "__iter__") else values
+            except TimeoutError:
+                fail(f"{name}: took more than --reward-timeout {timeout:g} seconds for {len(rows)} completions")
             except Exception as error:
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 fail(f"{name}: raised {type(error).__name__}: {first_line(error)} "
@@ -553,7 +705,7 @@ def load_reward(name: str, device, size: int, tokens: float = math.inf, bf16: bo
             if len(values) != len(rows):
                 fail(f"{name}: returned {len(values)} rewards for {len(rows)} completions")
             return torch.tensor(values, dtype=torch.float32, device=device)
-        return reward
+        return of_all(reward)
 
     if name.endswith(".py"):
         fail(f"{name}: name the function in it, too: {name}:FUNCTION")
@@ -566,10 +718,33 @@ def load_reward(name: str, device, size: int, tokens: float = math.inf, bf16: bo
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
         texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            return score_texts(model, tokenizer, texts, size, tokens)
+            scores = score_texts(model, tokenizer, texts, size, tokens)
+        for text in (text for text, fine in zip(texts, scores.isfinite()) if not fine):
+            fail(f"{name}: its score is not finite, for the conversation that ends {text[-60:]!r}: try --dtype float32")
+        return scores
     freeze(model, bf16)
+    reward = of_all(reward)
     reward.model = model
     return reward
+
+
+def of_all(reward):
+    """The reward function of which each process computes its share."""
+    return lambda rows, completions: gather(reward(share(rows), share(completions)))
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Raises TimeoutError in the main thread after so many seconds (0: never)."""
+    def stop(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def finite(value) -> float:
@@ -593,3 +768,209 @@ def load_function(name: str):
     if not callable(getattr(module, function, None)):
         fail(f"{path}: has no function {function!r}")
     return getattr(module, function)
+
+
+# --- a run's folder
+
+def command_line(main, Args, description: str):
+    """Runs main with the flags of the command line. With --resume RUN they are that run's own, but for those
+    given now."""
+    args = tyro.cli(Args, description=description)
+    if args.resume:
+        path = Path(args.resume) / "args.json"
+        try:
+            flags = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            fail(f"--resume {args.resume}: no run: {path} cannot be read")
+        if unknown := set(flags) - {field.name for field in dataclasses.fields(Args)}:
+            fail(f"--resume {args.resume}: a run of another script: it has --{min(unknown).replace('_', '-')}")
+        args = tyro.cli(Args, description=description, default=Args(**flags | {"resume": args.resume}))
+    try:
+        main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:  # before the first step, or the second one
+        print("stopped by Ctrl-C at once", file=sys.stderr)
+        sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if "probability tensor" in str(error):  # in sampling
+            fail("the policy's probabilities are not finite after the last step in metrics.jsonl: try a lower --lr, "
+                 "or --dtype float32; --resume goes on from the newest checkpoint")
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        fail(f"out of memory ({first_line(error)[:100]}): lower --tokens-per-micro-batch or --micro-batch-size, "
+             "--generate-batch-size if it was sampling, or use --gradient-checkpointing, --lora-rank, or "
+             "--dtype bfloat16; --resume goes on from the newest checkpoint")
+
+
+def open_run(run_dir: Path, args, trained: dict):
+    """The folder of a new run, or with --resume of one that there is, made sure to be writable and large
+    enough. Nobody else may write to it while what is returned is open."""
+    if rank() > 0:
+        return dist.barrier()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        lock = open(run_dir / "lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"--resume {run_dir}: another process is at work on this run")
+    except OSError as error:
+        fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
+    needed = 16 * sum(p.numel() for model, *_ in trained.values() for p in model.parameters() if p.requires_grad)
+    free = shutil.disk_usage(run_dir).free
+    if free < needed * (args.keep + 1):
+        fail(f"--run-dir: {run_dir} has {free / 2**30:.1f} GiB free, and a checkpoint takes {needed / 2**30:.1f}: "
+             "make room, or lower --keep")
+    if not args.resume:
+        write_args(run_dir, args)
+    if dist.is_initialized():
+        dist.barrier()
+    return lock
+
+
+def write_args(run_dir: Path, args):
+    part = run_dir / "args.json.part"
+    part.write_text(json.dumps(dataclasses.asdict(args) | {"resume": ""}, indent=2) + "\n", encoding="utf-8")
+    part.rename(run_dir / "args.json")
+
+
+def cut_back(run_dir: Path):
+    """A run's folder as it was at its newest checkpoint."""
+    for part in run_dir.glob("*.part"):  # what a kill left half written
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    step, newest = checkpoints(run_dir)[-1]
+    if newest.name == "checkpoint":  # the name of the run's end is to be free again
+        newest.rename(run_dir / f"checkpoint-{step}")
+    for path in (run_dir / "metrics.jsonl", run_dir / "samples.jsonl"):
+        if path.is_file():
+            whole = [line for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            part = path.with_name(path.name + ".part")
+            part.write_text("".join(kept), encoding="utf-8")
+            part.rename(path)
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's whole checkpoints, the newest last."""
+    found = []
+    for path in (p for p in run_dir.glob("checkpoint*/resume/state.json") if p.parents[1].suffix != ".part"):
+        try:
+            found.append((json.loads(path.read_text(encoding="utf-8"))["step"], path.parents[1]))
+        except (OSError, ValueError, KeyError):
+            fail(f"--resume {run_dir}: {path} is damaged: remove {path.parents[1]} to go on from the one before")
+    found.sort(key=lambda pair: (pair[0], pair[1].name == "checkpoint"))
+    return found or fail(f"--resume {run_dir}: it has no checkpoint yet: start it anew")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path):
+    """A folder that has its name only when all is written, so that a kill leaves no half of one."""
+    part = folder.with_name(folder.name + ".part")
+    try:
+        if rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+        total(0)  # all processes wait for it
+        yield part
+        total(0)  # for all that they write
+        if rank() == 0:
+            part.rename(folder)
+    except BaseException as error:  # each library has its own for a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        fail(f"{folder}: not written: {last_line(error)} (what was saved before is untouched)")
+
+
+def not_finite(step: int, rows: list, of: int):
+    """Ends the run before an update whose gradient is not finite; rows: those whose log-probs, or scores, are
+    not finite either."""
+    beginnings = ", ".join(repr(str(row).strip()[:60]) for row in rows[:3])
+    fail(f"step {step}: the gradient is not finite, and the update was not made. Not finite are the outputs for "
+         f"{len(rows)} of its {of} rows{': ' * bool(rows)}{beginnings}{', ...' * (len(rows) > 3)}. Try a lower --lr, "
+         "or --dtype float32; --resume goes on from the newest checkpoint")
+
+
+def last_line(error: BaseException) -> str:
+    """Of a message that ends with the reason, as those of torch.distributed do."""
+    return first_line(Exception(*str(error).strip().splitlines()[-1:]))
+
+
+def remove_old(run_dir: Path, keep: int):
+    """All checkpoints but the newest `keep`."""
+    for _, folder in checkpoints(run_dir)[:-keep] if rank() == 0 else ():
+        shutil.rmtree(folder)
+
+
+def save_model(model, config, tokenizer, folder: Path):
+    """A model as transformers has it, or an adapter as peft, with the config and tokenizer beside it."""
+    weights = None
+    if dist.is_initialized():
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        config.save_pretrained(folder)  # an adapter is saved without it
+        tokenizer.save_pretrained(folder)
+
+
+def tensors_of(trained: dict) -> dict:
+    """By name, what an update changes: weights, and AdamW's moments, which are zero before the first one."""
+    tensors = {}
+    for name, (model, optimizer, _) in trained.items():
+        for key, weight in model.named_parameters():
+            if weight.requires_grad:
+                moments = optimizer.state[weight]
+                if not moments:
+                    moments |= {"step": torch.zeros((), device=weight.device),
+                                "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+                tensors[f"{name}.{key}"] = weight.detach()
+                tensors |= {f"{name}.{key}.{moment}": value.detach() for moment, value in moments.items()}
+    return tensors
+
+
+def save_state(folder: Path, trained: dict, state: dict, generator=None):
+    """In folder/resume, all that it takes to go on as if nothing had been: weights and moments by
+    torch.distributed.checkpoint; in state.json `state`, random states, and how far the schedules are.
+
+    trained: name -> (model, optimizer, schedule). generator: that of the samples.
+    """
+    import torch.distributed.checkpoint as dcp
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.save(tensors_of(trained), checkpoint_id=folder / "resume", no_dist=not dist.is_initialized())
+    samplers = [generator and generator.get_state().tolist()] * ranks()
+    if dist.is_initialized():
+        dist.all_gather_object(samplers, samplers[0])
+    state = state | {"updates": {name: schedule.last_epoch for name, (_, _, schedule) in trained.items()},
+                     "random": torch.get_rng_state().tolist(), "samplers": samplers}
+    if rank() == 0:
+        (folder / "resume/state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def load_state(run_dir: Path, args, trained: dict, state: dict, generator=None) -> dict:
+    """`state` as it was saved last; weights, moments, schedules and random states are put back in place, and
+    the run's folder as it then was, but for flags that are new."""
+    import torch.distributed.checkpoint as dcp
+    _, folder = checkpoints(run_dir)[-1]
+    found = json.loads((folder / "resume/state.json").read_text(encoding="utf-8"))
+    if found["rows"] != state["rows"]:
+        fail(f"--resume {run_dir}: --data now gives {state['rows']} rows, and {found['rows']} when the run began")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there is one process; that no update came before
+            dcp.load(tensors_of(trained), checkpoint_id=folder / "resume", no_dist=not dist.is_initialized())
+            for name, (_, _, schedule) in trained.items():
+                for _ in range(found["updates"][name]):
+                    schedule.step()
+        torch.set_rng_state(torch.tensor(found["random"], dtype=torch.uint8))
+        if generator and len(found["samplers"]) == ranks():
+            generator.set_state(torch.tensor(found["samplers"][rank()], dtype=torch.uint8))
+        elif generator:  # other processes than before
+            generator.manual_seed(generator.initial_seed() + found["step"])
+    except (Exception, dcp.api.CheckpointException) as error:
+        fail(f"--resume {run_dir}: {folder} is damaged, or does not fit these flags: {last_line(error)}")
+    total(0)  # all processes have read it
+    if rank() == 0:
+        cut_back(run_dir)
+        write_args(run_dir, args)
+    total(0)  # before one of them writes to it
+    return found

@@ -27,9 +27,9 @@ Watch: `logprob_chosen`: it may fall while the margin grows, the rejected one fa
 what neither answer says then gains; `eval_kl`: DPO goes far off without sampling; `eval_accuracy`
 beside `accuracy`: overfitting.
 """
-import dataclasses
 import hashlib
 import json
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -38,16 +38,18 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, get_scheduler,
                           logging)
 
-from common import (add_lora, as_reference, checkpoint_gradients, completion_logprobs,
-                    context_of, encode, encode_prompts, fail, first_line, freeze, kl_estimate,
-                    load_model, load_reward, load_tokenizer, micro_batches, pad, past,
-                    read_pairs, read_prompts, render, wants_bf16)
+from common import (add_lora, anywhere, as_reference, checkpoint_gradients, clip_gradients,
+                    command_line, completion_logprobs, context_of, encode, encode_prompts, enough,
+                    fail, first_line, freeze, gather, join_processes, kl_estimate, load_model,
+                    load_reward, load_state, load_tokenizer, micro_batches, not_finite, open_run,
+                    pad, past, rank, ranks, read_pairs, read_prompts, remove_old, render,
+                    save_model, save_state, shard, share, total, unsharded, wants_bf16, whole,
+                    whole_folder)
 
 
 # --- arguments
@@ -72,6 +74,8 @@ class Args:
     begin with"""
     run_dir: str = ""
     """a new folder for metrics, samples and the trained model (runs/SCRIPT-DATE-TIME)"""
+    resume: str = ""
+    """the folder of a run to go on with, from its newest checkpoint and with its flags"""
     reference_dir: str = "runs/reference_logprobs"
     """where the reference's log-probs are kept, by model and data, for the next run"""
     seed: int = 0
@@ -101,6 +105,8 @@ class Args:
     """and most tokens, with padding (16384 to 65536 on a GPU of 80 GB)"""
     generate_batch_size: int = 512
     """completions sampled at a time in evaluation; sets the memory used"""
+    gather_to_sample: bool = True
+    """with many processes: all weights in each of them while sampling, which is faster, if they fit"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     lora_rank: int = 0
@@ -114,6 +120,10 @@ class Args:
     device: str = "auto"
     """auto: a GPU where there is one"""
 
+    save_every: int = 100
+    """steps between checkpoints that --resume can go on from; there is one at the end (0: no other)"""
+    keep: int = 1
+    """how many checkpoints are kept, the newest (1 to 5)"""
     log_every: int = 20
     """steps between printed lines"""
     eval_every: int = 0
@@ -219,9 +229,9 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         completion_ids[rows, t] = token[:, 0]
         mask[rows, t] = 1
         alive = ~torch.isin(token[:, 0], ends)
-        if t == args.max_new_tokens - 1 or not alive.any():
+        if t == args.max_new_tokens - 1 or not anywhere(alive, model):
             break
-        if not alive.all():
+        if alive.any() and not alive.all():
             rows, token, attention = rows[alive], token[alive], attention[alive]
             position = position[alive]
             cache.batch_select_indices(alive.nonzero()[:, 0])
@@ -229,6 +239,8 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         position = position + 1
         logits = model(input_ids=token, attention_mask=attention, position_ids=position,
                        use_cache=True, **past(model, cache)).logits[:, -1]
+    ended = torch.isin(completion_ids, ends) * mask  # where rows had to go on, waiting for other processes
+    mask = mask * (ended.cumsum(1) - ended == 0)
     return completion_ids, mask
 
 
@@ -241,25 +253,23 @@ def main(args: Args):
     args.length_normalise |= args.loss_type == "simpo"
 
     # --- setup
-    for flag in ("warmup", "lora_rank", "eval_every", "eval_prompts", "max_tokens", "sft_weight", "simpo_margin"):
+    for flag in ("warmup", "lora_rank", "eval_every", "save_every", "eval_prompts", "max_tokens",
+                 "sft_weight", "simpo_margin"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("epochs", "pairs_per_step", "beta", "lr", "micro_batch_size", "tokens_per_micro_batch",
-                 "log_every", "generate_batch_size", "eval_pairs", "max_new_tokens", "temperature"):
+                 "log_every", "generate_batch_size", "eval_pairs", "max_new_tokens", "temperature", "keep"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 < args.top_p <= 1:
         fail("--top-p: must be more than 0 and at most 1")
-    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run_dir.exists():
+    run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_dir.exists() and not args.resume:
         fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except Exception as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    device = join_processes(args.device)
+    enough(args.pairs_per_step, "--pairs-per-step")
+    if args.offload_reference and ranks() > 1:
+        fail("--offload-reference: is for one process; many share the reference out")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
@@ -319,17 +329,21 @@ def main(args: Args):
 
     pairs = tokenize(data, args.data)
     eval_pairs = tokenize(eval_data, args.eval_data or args.data)
+    enough(min(len(pairs), len(eval_pairs)), f"{args.data}, to train or to evaluate on")
     if args.eval_prompts:
         room = context_of(policy) - args.max_new_tokens  # for a prompt
         sample_rows, sample_prompts = encode_prompts(
             tokenizer, sample_rows[:args.eval_prompts], args.sample_data or args.data, room, room)
+        enough(len(sample_prompts), "--eval-prompts")
     adapter = add_lora(policy, args.lora_rank, bf16) if args.lora_rank else None
+    shard(policy)
     if args.lora_rank:
         reference = policy  # without its adapter; see common.as_reference
     else:
         reference, _ = load_model(AutoModelForCausalLM, args.model,
                                   "cpu" if args.offload_reference else device)
         freeze(reference, bf16)
+        shard(reference)
     gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
     if args.gradient_checkpointing:
         checkpoint_gradients(policy)
@@ -341,6 +355,8 @@ def main(args: Args):
             part = sorted(part.tolist(), key=lambda i: max(map(len, pairs[i][1:])))
             batches = [part[i:i + args.pairs_per_step]
                        for i in range(0, len(part), args.pairs_per_step)]
+            if len(batches) > 1 and len(batches[-1]) < ranks():  # too few for all processes
+                batches[-2] += batches.pop()
             order += [batches[i] for i in torch.randperm(len(batches)).tolist()]
     steps = len(order)
     schedule = get_scheduler(
@@ -372,7 +388,7 @@ def main(args: Args):
         digest = hashlib.sha256(repr((some_pairs, bf16, reference.config.to_json_string())).encode())
         for name, weight in sorted(reference.state_dict().items()):
             if "lora_" not in name:  # the reference's adapter is off
-                digest.update(name.encode() + weight.float().cpu().numpy().tobytes())
+                digest.update(name.encode() + whole(weight).float().cpu().numpy().tobytes())
         path = Path(args.reference_dir) / f"{digest.hexdigest()[:24]}.safetensors"
         if path.is_file():
             try:
@@ -383,12 +399,14 @@ def main(args: Args):
             return logprobs
         logprobs = torch.zeros(len(some_pairs), 2, device=device)
         with torch.no_grad(), as_reference(reference, adapter, device):
-            for rows in tqdm(micro(some_pairs), desc="reference", disable=None):
+            for rows in tqdm(micro(some_pairs), desc="reference", disable=rank() > 0 or None):
                 chosen, rejected, _, _ = pair_logprobs(reference, [some_pairs[i] for i in rows])
                 logprobs[rows] = torch.stack([chosen, rejected], 1)
+        logprobs = total(logprobs)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"logprobs": logprobs.cpu()}, path)
+            if rank() == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({"logprobs": logprobs.cpu()}, path)
         except OSError as error:
             fail(f"--reference-dir: {path} cannot be written: {error.strerror}")
         return logprobs
@@ -415,25 +433,35 @@ def main(args: Args):
 
     # --- the run folder and evaluation
     for name, model in {"policy": policy, **({} if adapter else {"reference": reference})}.items():
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        size = 12 * trained + sum(p.numel() * p.element_size() for p in model.parameters())
+        tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        size = 12 * tuned + sum(p.numel() * p.element_size() for p in model.parameters())
         print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB  weights"
-              + (f", gradients and two moments of {trained / 1e6:.2f} M" if trained else ""))
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+              + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
+    # what a run carries from step to step, besides what it trains
+    state = {"step": 0, "rows": len(pairs), "first_texts": [], "first_scores": []}
+    trained = {"policy": (policy, optimizer, schedule)}
+    lock = open_run(run_dir, args, trained)  # held as long as this process lives
+    if args.resume:
+        state = load_state(run_dir, args, trained, state)
 
     def append(name: str, row: dict):
-        with open(run_dir / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank() == 0:
+            with open(run_dir / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
-    first_texts, first_scores = [], None  # the reference's completions, and what judges a win
+    @torch.no_grad()
+    def logprobs_of(model, *rollout):
+        """Log-probs of completions (prompt_ids and the rest) under a model, (B, T)."""
+        logprobs = torch.zeros(rollout[3].shape, device=device)
+        for rows in micro_batches(rollout[1].sum(1) + rollout[3].sum(1), args.micro_batch_size,
+                                  args.tokens_per_micro_batch):
+            with autocast:
+                logprobs[rows], _ = completion_logprobs(
+                    model, *(t[rows] for t in rollout), args.temperature)
+        return total(logprobs)
 
     def evaluate(step: int):
         """The held-out pairs, and one completion of each prompt, always with the same seed."""
-        nonlocal first_texts, first_scores
         policy.eval()
         found = {}
         with torch.no_grad():
@@ -441,33 +469,30 @@ def main(args: Args):
                 _, part = losses([eval_pairs[i] for i in rows], eval_ref_logprobs[rows])
                 for k, v in part.items():
                     found.setdefault(k, []).append(v)
-        metrics = {"step": step} | {f"eval_{k}": torch.cat(v).mean() for k, v in found.items()}
+        metrics = {"step": step} | {f"eval_{k}": gather(torch.cat(v)).mean() for k, v in found.items()}
         if args.eval_prompts:
             prompt_ids, prompt_mask = pad(sample_prompts, pad_id, "left", device)
-            generator = torch.Generator(device).manual_seed(args.seed)
-            texts, scores, parts, lengths = [], {}, [], []
-            for ids in zip(*(t.split(args.generate_batch_size) for t in (prompt_ids, prompt_mask))):
-                with autocast:
-                    completion_ids, mask = generate(policy, *ids, args, 1, ends, pad_id, generator)
-                texts += tokenizer.batch_decode(
-                    [c[m.bool()] for c, m in zip(completion_ids, mask)], skip_special_tokens=True)
-                lengths.append(mask.sum(1).float())
-                parts += [[t[rows] for t in (*ids, completion_ids, mask)]
-                          for rows in torch.arange(len(mask), device=device).split(args.micro_batch_size)]
-            with torch.no_grad(), autocast:
-                logprobs = [completion_logprobs(policy, *part, args.temperature)[0] for part in parts]
-                with as_reference(reference, adapter, device):
-                    refs = [completion_logprobs(reference, *part, args.temperature)[0] for part in parts]
-            kl = [kl_estimate(*two).sum(1) for two in zip(logprobs, refs)]
-            metrics |= {"eval_kl": torch.cat(kl).mean(), "eval_length": torch.cat(lengths).mean()}
+            generator = torch.Generator(device).manual_seed(args.seed + 1_000_000 * rank())
+            calls = math.ceil(len(prompt_ids) / ranks() / args.generate_batch_size)  # in every process as many
+            with autocast, unsharded(policy, args.gather_to_sample):
+                parts = [generate(policy, *ids, args, 1, ends, pad_id, generator) for ids in zip(
+                    *(share(t).tensor_split(calls) for t in (prompt_ids, prompt_mask)))]
+            completion_ids, mask = (gather(torch.cat(part)) for part in zip(*parts))  # (B, T) each
+            texts = tokenizer.batch_decode(
+                [ids[m.bool()] for ids, m in zip(completion_ids, mask)], skip_special_tokens=True)
+            rollout, scores = (prompt_ids, prompt_mask, completion_ids, mask), {}
+            logprobs = logprobs_of(policy, *rollout)
+            with as_reference(reference, adapter, device):
+                kl = kl_estimate(logprobs, logprobs_of(reference, *rollout)).sum(1)  # (B,)
+            metrics |= {"eval_kl": kl.mean(), "eval_length": mask.sum(1).float().mean()}
             if gold:
                 scores["gold"] = gold(sample_rows, texts)  # (B,)
-                if first_scores is None:
-                    first_scores = scores["gold"]
-                ahead = scores["gold"] - first_scores  # (B,) nan where one of the two is left out
+                if not state["first_texts"]:
+                    state["first_scores"] = scores["gold"].tolist()
+                ahead = scores["gold"] - torch.tensor(state["first_scores"], device=device)  # (B,) nan: left out
                 wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
                 metrics |= {"eval_gold": scores["gold"].nanmean(), "eval_win_rate": wins.mean()}
-            first_texts = first_texts or texts
+            state["first_texts"] = state["first_texts"] or texts
         metrics = {k: v if k == "step" else round(float(v), 4) for k, v in metrics.items()}
         metrics = {k: v for k, v in metrics.items() if v == v}  # JSON has no nan: of no row at all
         append("metrics.jsonl", metrics)
@@ -475,13 +500,20 @@ def main(args: Args):
         for i, (row, text) in enumerate(zip(sample_rows, texts) if args.eval_prompts else ()):
             values = {k: round(v[i].item(), 4) for k, v in scores.items()}
             append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
-                                     "reference": first_texts[i],
+                                     "reference": state["first_texts"][i],
                                      **{k: v for k, v in values.items() if v == v}})
             if i < 4:
                 asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
                 tqdm.write(f"      {values.get('gold', 0):6.2f}  {shorten(asked, 40)} -> {shorten(text, 80)}")
 
-    interrupted = False
+    def save(name: str):
+        """What from_pretrained loads, and in resume/ what it takes to go on."""
+        with whole_folder(run_dir / name) as folder:
+            save_model(adapter or policy, policy.config, tokenizer, folder)
+            save_state(folder, trained, state)
+        remove_old(run_dir, args.keep)
+
+    interrupted = stop = False
 
     def finish_step(*_):
         nonlocal interrupted
@@ -489,8 +521,10 @@ def main(args: Args):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
     signal.signal(signal.SIGINT, finish_step)
-    evaluate(0)
-    bar = tqdm(range(1, steps + 1), disable=None)  # no bar where the output is no terminal
+    if not args.resume:
+        evaluate(0)
+    bar = tqdm(range(state["step"] + 1, steps + 1), initial=state["step"], total=steps,
+               disable=rank() > 0 or None)  # no bar where the output is no terminal
     for step in bar:
         start = time.time()
 
@@ -504,10 +538,13 @@ def main(args: Args):
             (loss.sum() / len(batch)).backward()
             for k, v in part.items():
                 metrics[k] = metrics.get(k, 0.0) + v.sum().item() / len(batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        grad_norm = clip_gradients(policy, args.max_grad_norm)
         if not torch.isfinite(grad_norm):
-            fail(f"step {step}: the gradient is not finite; the update was not made. "
-                 "Try a lower --lr, or --dtype float32")
+            with torch.no_grad():
+                loss, _ = losses([pairs[i] for i in batch], ref_logprobs[batch])
+            not_finite(step, [tokenizer.decode(pairs[i][0]) for i, n in zip(batch, loss) if not n.isfinite()],
+                       len(batch))
+        metrics = {k: v if k == "step" else total(v) for k, v in metrics.items()}
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -523,15 +560,18 @@ def main(args: Args):
         bar.set_postfix(shown)
         if step % args.log_every == 0:
             tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        if args.eval_every and step % args.eval_every == 0 or step == steps or interrupted:
+        stop = total(interrupted) > 0  # in any process
+        if args.eval_every and step % args.eval_every == 0 or step == steps or stop:
             evaluate(step)
-        if interrupted:
+        state["step"] = step
+        if stop:
             break
-    (adapter or policy).save_pretrained(run_dir / "checkpoint")
-    policy.config.save_pretrained(run_dir / "checkpoint")  # an adapter is saved without it
-    tokenizer.save_pretrained(run_dir / "checkpoint")
-    print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
-          f"the policy is in {run_dir / 'checkpoint'}")
+        if args.save_every and step % args.save_every == 0 and step < steps:
+            save(f"checkpoint-{step}")
+    save("checkpoint")
+    if stop:
+        print(f"stopped by Ctrl-C after step {step}; to go on: {Path(__file__).name} --resume {run_dir}")
+    print(f"the policy is in {run_dir / 'checkpoint'}")
 
 
 def shorten(text: str, width: int) -> str:
@@ -540,4 +580,4 @@ def shorten(text: str, width: int) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    command_line(main, Args, __doc__)

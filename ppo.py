@@ -29,8 +29,8 @@ Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second ri
 the first is reward hacking; `explained_variance`: near or below 0, the critic knows nothing yet;
 `approx_kl` and `clipped_*`: how far one rollout's updates go.
 """
-import dataclasses
 import json
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -39,16 +39,18 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, DynamicCache, TopPLogitsWarper,
                           get_scheduler, logging)
 
-from common import (add_lora, as_reference, checkpoint_gradients, completion_logprobs,
-                    completion_outputs, context_of, encode_prompts, fail, freeze, kl_estimate,
-                    load_model, load_reward, load_tokenizer, masked_mean, masked_whiten,
-                    micro_batches, pad, past, read_prompts, trim, wants_bf16)
+from common import (add_lora, anywhere, as_reference, checkpoint_gradients, clip_gradients,
+                    command_line, completion_logprobs, completion_outputs, context_of,
+                    encode_prompts, enough, fail, freeze, gather, join_processes, kl_estimate,
+                    load_model, load_reward, load_state, load_tokenizer, masked_mean,
+                    masked_whiten, micro_batches, not_finite, open_run, pad, past, rank, ranks,
+                    read_prompts, remove_old, save_model, save_state, shard, share, total, trim,
+                    unsharded, wants_bf16, whole_folder)
 
 
 # --- arguments
@@ -72,6 +74,8 @@ class Args:
     """the column that holds the prompt: a text, or chat messages"""
     run_dir: str = ""
     """a new folder for metrics, samples and the trained model (runs/SCRIPT-DATE-TIME)"""
+    resume: str = ""
+    """the folder of a run to go on with, from its newest checkpoint and with its flags"""
     seed: int = 0
 
     steps: int = 40
@@ -95,6 +99,8 @@ class Args:
     --truncation-penalty"""
     truncation_penalty: float = 1.0
     """in units of reward"""
+    reward_timeout: float = 0.0
+    """seconds that a reward function may take for a rollout (0: any)"""
 
     beta: float = 0.04
     """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded)"""
@@ -110,6 +116,8 @@ class Args:
     """and most tokens, with prompts and padding (16384 to 65536 on a GPU of 80 GB)"""
     generate_batch_size: int = 512
     """completions sampled at a time; sets the memory used"""
+    gather_to_sample: bool = True
+    """with many processes: all weights in each of them while sampling, which is faster, if they fit"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     lora_rank: int = 0
@@ -123,6 +131,10 @@ class Args:
     device: str = "auto"
     """auto: a GPU where there is one"""
 
+    save_every: int = 20
+    """steps between checkpoints that --resume can go on from; there is one at the end (0: no other)"""
+    keep: int = 1
+    """how many checkpoints are kept, the newest (1 to 5)"""
     log_every: int = 5
     """steps between printed lines"""
     eval_every: int = 20
@@ -283,9 +295,9 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         completion_ids[rows, t] = token[:, 0]
         mask[rows, t] = 1
         alive = ~torch.isin(token[:, 0], ends)
-        if t == args.max_new_tokens - 1 or not alive.any():
+        if t == args.max_new_tokens - 1 or not anywhere(alive, model):
             break
-        if not alive.all():
+        if alive.any() and not alive.all():
             rows, token, attention = rows[alive], token[alive], attention[alive]
             position = position[alive]
             cache.batch_select_indices(alive.nonzero()[:, 0])
@@ -293,6 +305,8 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         position = position + 1
         logits = model(input_ids=token, attention_mask=attention, position_ids=position,
                        use_cache=True, **past(model, cache)).logits[:, -1]
+    ended = torch.isin(completion_ids, ends) * mask  # where rows had to go on, waiting for other processes
+    mask = mask * (ended.cumsum(1) - ended == 0)
     return completion_ids, mask
 
 
@@ -310,15 +324,16 @@ def main(args: Args):
     if args.kl_target > 0 and args.beta == 0:
         fail("--kl-target: needs a --beta above 0 to start from")
     old_first = True  # the rewards need the log-probs of the policy that sampled
-    beta = args.beta
+    state = {"beta": args.beta}
 
     # --- setup
-    for flag in ("steps", "lora_rank", "eval_every", "warmup", "beta", "max_prompt_tokens"):
+    for flag in ("steps", "lora_rank", "eval_every", "save_every", "warmup", "beta",
+                 "max_prompt_tokens", "reward_timeout"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "epochs",
                  "minibatches", "micro_batch_size", "tokens_per_micro_batch", "generate_batch_size",
-                 "log_every", "eval_prompts"):
+                 "log_every", "eval_prompts", "keep"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 < args.top_p <= 1:
@@ -328,20 +343,19 @@ def main(args: Args):
     if args.top_p < 1:
         print("warning: --top-p < 1 samples from another distribution than the one whose log-probs, "
               "ratio and KL are computed: they are inexact")
-    run_dir = Path(args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run_dir.exists():
+    run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_dir.exists() and not args.resume:
         fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except Exception as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    device = join_processes(args.device)
+    enough(min(args.prompts_per_step, args.prompts_per_step * args.group_size // args.minibatches),
+           "--prompts-per-step, or completions of one of the --minibatches")
+    if args.offload_reference and ranks() > 1:
+        fail("--offload-reference: is for one process; many share the reference out")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)  # of the samples
+    seed_of_samples = args.seed + 1_000_000 * rank()  # each process has its own
+    generator = torch.Generator(device).manual_seed(seed_of_samples)
 
     tiny = args.data == Args.data
     args.eval_data = args.eval_data or ("tiny/heldout.jsonl" if tiny else "")
@@ -364,10 +378,12 @@ def main(args: Args):
     data, prompts = encode_prompts(tokenizer, data, args.data, room, args.max_prompt_tokens)
     eval_data, eval_prompts = encode_prompts(tokenizer, eval_data, args.eval_data or args.data, room,
                                              args.max_prompt_tokens)
+    enough(len(eval_prompts), "--eval-prompts")
     ends = policy.generation_config.eos_token_id or []  # one, or a list: chat models end turns by more
     ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
     pad_id = tokenizer.pad_token_id
     adapter = add_lora(policy, args.lora_rank, bf16) if args.lora_rank else None
+    shard(policy)
     reference = None
     if args.beta > 0 and args.lora_rank:
         reference = policy  # without its adapter; see common.as_reference
@@ -375,9 +391,10 @@ def main(args: Args):
         reference, _ = load_model(AutoModelForCausalLM, args.model,
                                   "cpu" if args.offload_reference else device)
         freeze(reference, bf16)
+        shard(reference)
     micro = args.micro_batch_size, args.tokens_per_micro_batch
-    reward = load_reward(args.reward, device, *micro, bf16)
-    gold = load_reward(args.gold, device, *micro, bf16) if args.gold else None
+    reward = load_reward(args.reward, device, *micro, bf16, args.reward_timeout)
+    gold = load_reward(args.gold, device, *micro, bf16, args.reward_timeout) if args.gold else None
     if args.gradient_checkpointing:
         checkpoint_gradients(policy)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad],
@@ -387,6 +404,7 @@ def main(args: Args):
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
     models = {"policy": policy, "reference": None if adapter else reference, "reward": getattr(reward, "model", None)}
+    trained = {"policy": (policy, optimizer, schedule)}
 
     # --- critic
     same_tokens = models["reward"] is not None and (
@@ -402,46 +420,50 @@ def main(args: Args):
         checkpoint_gradients(critic)
     if args.lora_rank:
         add_lora(critic, args.lora_rank, bf16)
+    shard(critic)
     critic_optimizer = torch.optim.AdamW([p for p in critic.parameters() if p.requires_grad],
                                          lr=args.critic_lr, weight_decay=0.0, fused=True)
     critic_schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule,
         critic_optimizer, num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
+    trained["critic"] = critic, critic_optimizer, critic_schedule
 
     # --- the run folder, sampling and evaluation
     for name, model in models.items():  # what is held in memory, besides activations
         if model is not None:
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            size = 12 * trained + sum(p.numel() * p.element_size() for p in model.parameters())
+            tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            size = 12 * tuned + sum(p.numel() * p.element_size() for p in model.parameters())
             print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB  weights"
-                  + (f", gradients and two moments of {trained / 1e6:.2f} M" if trained else ""))
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+                  + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
+    # what a run carries from step to step, besides what it trains; order: of the prompts still to come
+    state |= {"step": 0, "rows": len(prompts), "order": [], "first_texts": [], "first_scores": []}
+    lock = open_run(run_dir, args, trained)  # held as long as this process lives
+    if args.resume:
+        state = load_state(run_dir, args, trained, state, generator)
 
     def progress(parts: list, name: str):
         """A bar within a step that takes seconds."""
-        return tqdm(parts, desc=name, delay=2, leave=False, disable=None)
+        return tqdm(parts, desc=name, delay=2, leave=False, disable=rank() > 0 or None)
 
     def append(name: str, row: dict):
-        with open(run_dir / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank() == 0:
+            with open(run_dir / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def sample(some_prompts: list[list[int]], group_size: int, generator):
         """Completions of some prompts: prompt_ids, prompt_mask (B, P), completion_ids, mask
         (B, T), truncated (B,), and the B texts."""
         prompt_ids, prompt_mask = pad(some_prompts, pad_id, "left", device)
         at_once = max(1, args.generate_batch_size // group_size)
-        with autocast:  # one context for all tokens: the weights are cast once
-            prompts_at_once = list(zip(prompt_ids.split(at_once), prompt_mask.split(at_once)))
+        with autocast, unsharded(policy, args.gather_to_sample):  # one context for all tokens: the weights are cast once
+            calls = math.ceil(len(some_prompts) / ranks() / at_once)  # in every process as many
+            prompts_at_once = list(zip(*(share(t).tensor_split(calls) for t in (prompt_ids, prompt_mask))))
             parts = [generate(policy, ids, m, args, group_size, ends, pad_id, generator)
                      for ids, m in progress(prompts_at_once, "generate")]
-        mask = torch.cat([m for _, m in parts])
+        mask = gather(torch.cat([m for _, m in parts]))
         lengths = mask.sum(1)  # (B,)
         mask = mask[:, :lengths.max()]  # (B, T)
-        completion_ids = torch.cat([ids for ids, _ in parts])[:, :lengths.max()]  # (B, T)
+        completion_ids = gather(torch.cat([ids for ids, _ in parts]))[:, :lengths.max()]  # (B, T)
         last = completion_ids.gather(1, lengths[:, None] - 1)[:, 0]
         truncated = ~torch.isin(last, torch.tensor(ends, device=device))  # (B,)
         texts = tokenizer.batch_decode(
@@ -457,15 +479,12 @@ def main(args: Args):
             with autocast:
                 logprobs[rows], entropy[rows] = completion_logprobs(
                     model, *(t[rows] for t in rollout), args.temperature)
-        return logprobs, entropy
-
-    first_texts, first_scores = [], None  # the reference's completions, and what judges a win
+        return total(logprobs), total(entropy)
 
     def evaluate(step: int):
         """One completion of each held-out prompt, always with the same seed."""
-        nonlocal first_texts, first_scores
         *ids, mask, truncated, texts = sample(
-            eval_prompts, 1, torch.Generator(device).manual_seed(args.seed))
+            eval_prompts, 1, torch.Generator(device).manual_seed(seed_of_samples))
         scores = {"reward": reward(eval_data, texts)}  # (B,) each
         if gold:
             scores["gold"] = gold(eval_data, texts)
@@ -475,9 +494,9 @@ def main(args: Args):
                 ref_logprobs, _ = logprobs_of(reference, *ids, mask)
             scores["kl"] = kl_estimate(logprobs, ref_logprobs).sum(1)
         judge = scores["gold" if gold else "reward"]
-        if first_scores is None:
-            first_texts, first_scores = texts, judge
-        ahead = judge - first_scores  # (B,) nan where one of the two is left out
+        if not state["first_texts"]:  # the reference's completions, and what judges a win
+            state.update(first_texts=texts, first_scores=judge.tolist())
+        ahead = judge - torch.tensor(state["first_scores"], device=device)  # (B,) nan: one is left out
         wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
         metrics = {"step": step} | {f"eval_{k}": round(v.nanmean().item(), 4) for k, v in scores.items()}
         metrics |= {"eval_length": round(mask.sum(1).float().mean().item(), 2),
@@ -488,18 +507,26 @@ def main(args: Args):
         for i, (row, text) in enumerate(zip(eval_data, texts)):
             values = {k: round(v[i].item(), 4) for k, v in scores.items()}
             append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
-                                     "reference": first_texts[i], "truncated": bool(truncated[i]),
+                                     "reference": state["first_texts"][i], "truncated": bool(truncated[i]),
                                      **{k: v for k, v in values.items() if v == v}})
             if i < 4:
                 asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
                 tqdm.write(f"      {values['reward']:6.2f}  {shorten(asked, 40)} -> {shorten(text, 80)}")
 
-    def numbers_without_end():  # of prompts, each pass over the data in a new order
-        while True:
-            yield from torch.randperm(len(prompts)).tolist()
+    def stop_before_update(step: int, batch: list[int], rollout):
+        """The end of a run whose gradient is not finite; names the rows that are to blame."""
+        logprobs, _ = logprobs_of(policy, *rollout)
+        bad = ~logprobs.isfinite().all(1).view(-1, args.group_size).all(1)  # (prompts,)
+        not_finite(step, [data[i]["prompt"] for i, b in zip(batch, bad) if b], len(batch))
 
-    numbers = numbers_without_end()
-    interrupted = False
+    def save(name: str):
+        """What from_pretrained loads, and in resume/ what it takes to go on."""
+        with whole_folder(run_dir / name) as folder:
+            save_model(adapter or policy, policy.config, tokenizer, folder)
+            save_state(folder, trained, state, generator)
+        remove_old(run_dir, args.keep)
+
+    interrupted = stop = False
 
     def finish_step(*_):
         nonlocal interrupted
@@ -507,14 +534,18 @@ def main(args: Args):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
     signal.signal(signal.SIGINT, finish_step)
-    if args.eval_every:
+    if args.eval_every and not args.resume:
         evaluate(0)
-    bar = tqdm(range(1, args.steps + 1), disable=None)  # no bar where the output is no terminal
+    bar = tqdm(range(state["step"] + 1, args.steps + 1), initial=state["step"], total=args.steps,
+               disable=rank() > 0 or None)  # no bar where the output is no terminal
     for step in bar:
         clock = [time.time()]
 
         # --- 1. generate
-        batch = [next(numbers) for _ in range(args.prompts_per_step)]
+        while len(state["order"]) < args.prompts_per_step:  # each pass over the data in a new order
+            state["order"] += torch.randperm(len(prompts)).tolist()
+        batch, state["order"] = (state["order"][:args.prompts_per_step],
+                                 state["order"][args.prompts_per_step:])
         prompt_ids, prompt_mask, completion_ids, mask, truncated, texts = sample(
             [prompts[i] for i in batch], args.group_size, generator)  # (B, P) x 2, (B, T) x 2, (B,)
         lengths = prompt_mask.sum(1) + mask.sum(1)  # (B,) tokens, prompt and completion
@@ -550,8 +581,9 @@ def main(args: Args):
             ids = prompt_ids[rows], prompt_mask[rows], completion_ids[rows], mask[rows]
             with torch.no_grad(), autocast:
                 values[rows] = completion_values(critic, *ids)
-        kl = kl_estimate(old_logprobs, ref_logprobs) if beta > 0 else torch.zeros_like(values)
-        rewards = token_rewards(rewards.nan_to_num(0.0), kl, mask, beta)  # (B, T)
+        values = total(values)
+        kl = kl_estimate(old_logprobs, ref_logprobs) if args.beta > 0 else torch.zeros_like(values)
+        rewards = token_rewards(rewards.nan_to_num(0.0), kl, mask, state["beta"])  # (B, T)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)  # (B, T) each
         unexplained = masked_mean((returns - values).square(), loss_mask)
         variance = masked_mean((returns - masked_mean(returns, loss_mask)).square(), loss_mask)
@@ -559,7 +591,8 @@ def main(args: Args):
         if args.whiten:
             advantages = masked_whiten(advantages, loss_mask)
         if args.kl_target > 0:
-            beta = next_beta(beta, kl.sum(1).mean().item(), args.kl_target, len(kl), args.kl_horizon)
+            state["beta"] = next_beta(state["beta"], kl.sum(1).mean().item(), args.kl_target, len(kl),
+                                      args.kl_horizon)
 
         # --- 5. update
         policy.train()
@@ -596,11 +629,11 @@ def main(args: Args):
                 k3 += ((torch.expm1(-moved) + moved).sum() / tokens).item()
                 clip_low += (low * loss_mask[rows]).sum().item()
                 clip_high += (high * loss_mask[rows]).sum().item()
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-            critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+            k1, k3 = total(k1), total(k3)
+            grad_norm = clip_gradients(policy, args.max_grad_norm)
+            critic_norm = clip_gradients(critic, args.max_grad_norm)
             if not torch.isfinite(grad_norm + critic_norm):
-                fail(f"step {step}: the gradient is not finite; the update was not made. "
-                     "Try a lower --lr, or --dtype float32")
+                stop_before_update(step, batch, rollout)
             stop = args.target_kl > 0 and k3 > args.target_kl  # this rollout has taught enough
             if stop:
                 optimizer.zero_grad()
@@ -611,19 +644,21 @@ def main(args: Args):
             optimizer.zero_grad()
             critic_optimizer.zero_grad()
             updates += 1
-            losses.append(loss_sum)
-            value_losses.append(value_loss_sum)
+            losses.append(total(loss_sum))
+            value_losses.append(total(value_loss_sum))
             grad_norms.append(grad_norm.item())
             approx_kls.append((k1, k3))
             if stop:
                 break
         tokens = loss_mask.sum().clamp(min=1) * updates / args.minibatches
-        own = {"beta": beta, "value_loss": sum(value_losses) / updates, "value": masked_mean(values, mask),
+        own = {"beta": state["beta"], "value_loss": sum(value_losses) / updates, "value": masked_mean(values, mask),
                "explained_variance": explained, "updates": float(updates),
                "approx_kl_k1": approx_kls[-1][0], "approx_kl": approx_kls[-1][1],
-               "clipped_low": clip_low / tokens, "clipped_high": clip_high / tokens}
+               "clipped_low": total(clip_low) / tokens, "clipped_high": total(clip_high) / tokens}
 
         # --- 6. log
+        if not old_first:  # each process has those of its own rows
+            old_logprobs, entropy = total(old_logprobs), total(entropy)
         clock.append(time.time())
         seconds = clock[-1] - clock[0]
         parts = zip(("generate", "score", "kl", "update"), clock, clock[1:])
@@ -645,13 +680,15 @@ def main(args: Args):
             tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
         if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
             evaluate(step)
-        if interrupted:
+        state["step"], stop = step, total(interrupted) > 0  # in any process
+        if stop:
             break
-    (adapter or policy).save_pretrained(run_dir / "checkpoint")
-    policy.config.save_pretrained(run_dir / "checkpoint")  # an adapter is saved without it
-    tokenizer.save_pretrained(run_dir / "checkpoint")
-    print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
-          f"the policy is in {run_dir / 'checkpoint'}")
+        if args.save_every and step % args.save_every == 0 and step < args.steps:
+            save(f"checkpoint-{step}")
+    save("checkpoint")
+    if stop:
+        print(f"stopped by Ctrl-C after step {step}; to go on: {Path(__file__).name} --resume {run_dir}")
+    print(f"the policy is in {run_dir / 'checkpoint'}")
 
 
 def shorten(text: str, width: int) -> str:
@@ -660,4 +697,4 @@ def shorten(text: str, width: int) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    command_line(main, Args, __doc__)

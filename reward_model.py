@@ -23,7 +23,6 @@ Watch: `eval_accuracy` beside what the label noise allows; `eval_ece`: whether i
 probabilities are to be believed; `eval_length_correlation`: a score that is mostly length will
 be hacked by length.
 """
-import dataclasses
 import json
 import signal
 import time
@@ -33,14 +32,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler,
                           logging)
 
-from common import (add_lora, checkpoint_gradients, context_of, encode, encode_prompts, fail,
-                    load_model, load_tokenizer, micro_batches, pad, read_pairs, render,
-                    score_ids, score_texts, wants_bf16)
+from common import (add_lora, checkpoint_gradients, clip_gradients, command_line, context_of,
+                    encode, encode_prompts, enough, fail, join_processes, load_model, load_state,
+                    load_tokenizer, micro_batches, not_finite, open_run, pad, rank, ranks,
+                    read_pairs, remove_old, render, save_model, save_state, score_ids,
+                    score_texts, shard, total, wants_bf16, whole_folder)
 
 
 # --- arguments
@@ -65,6 +65,8 @@ class Args:
     arXiv:2307.09288)"""
     run_dir: str = ""
     """a new folder for metrics and the trained model (runs/reward_model-DATE-TIME)"""
+    resume: str = ""
+    """the folder of a run to go on with, from its newest checkpoint and with its flags"""
     seed: int = 0
 
     epochs: int = 1
@@ -98,6 +100,10 @@ class Args:
     device: str = "auto"
     """auto: a GPU where there is one"""
 
+    save_every: int = 100
+    """steps between checkpoints that --resume can go on from; there is one at the end (0: no other)"""
+    keep: int = 1
+    """how many checkpoints are kept, the newest (1 to 5)"""
     log_every: int = 20
     """steps between printed lines"""
     eval_every: int = 0
@@ -156,25 +162,20 @@ def correlation(a, b) -> float:
 
 def main(args: Args):
     # --- setup
-    for flag in ("centering", "lora_rank", "warmup", "eval_every", "bias_prompts", "max_tokens"):
+    for flag in ("centering", "lora_rank", "warmup", "eval_every", "save_every", "bias_prompts", "max_tokens"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("epochs", "pairs_per_step", "lr", "micro_batch_size", "tokens_per_micro_batch",
-                 "log_every", "eval_pairs", "max_new_tokens"):
+                 "log_every", "eval_pairs", "max_new_tokens", "keep"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 <= args.label_smoothing < 0.5:
         fail("--label-smoothing: must be at least 0 and below 0.5")
-    run_dir = Path(args.run_dir or f"runs/reward_model-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run_dir.exists():
+    run_dir = Path(args.resume or args.run_dir or f"runs/reward_model-{time.strftime('%Y%m%d-%H%M%S')}")
+    if run_dir.exists() and not args.resume:
         fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device)
-    except Exception as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    device = join_processes(args.device)
+    enough(args.pairs_per_step, "--pairs-per-step")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(args.seed)
@@ -228,6 +229,7 @@ def main(args: Args):
 
     pairs = tokenize(data, args.data)
     eval_pairs = tokenize(eval_data, args.eval_data or args.data)
+    enough(min(len(pairs), len(eval_pairs)), f"{args.data}, to train or to evaluate on")
     reference_name = "none" if args.bias_prompts == 0 else args.reference or args.model
     if reference_name != "none":
         reference, lacking = load_model(AutoModelForCausalLM, reference_name, device)
@@ -240,6 +242,7 @@ def main(args: Args):
             reference_tokenizer, [data[i] for i in spread], args.data,
             context_of(reference) - args.max_new_tokens, args.max_tokens)
     adapter = add_lora(model, args.lora_rank, bf16) if args.lora_rank else None
+    shard(model)
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
@@ -250,20 +253,23 @@ def main(args: Args):
             part = sorted(part.tolist(), key=lambda i: max(map(len, pairs[i][:2])))
             batches = [part[i:i + args.pairs_per_step]
                        for i in range(0, len(part), args.pairs_per_step)]
+            if len(batches) > 1 and len(batches[-1]) < ranks():  # too few for all processes
+                batches[-2] += batches.pop()
             order += [batches[i] for i in torch.randperm(len(batches)).tolist()]
     steps = len(order)
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=steps)
-    try:
-        run_dir.mkdir(parents=True)
-    except OSError as error:
-        fail(f"--run-dir: {run_dir} cannot be made: {error.strerror}")
-    (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    state = {"step": 0, "rows": len(pairs)}  # what a run carries from step to step, besides what it trains
+    trained = {"model": (model, optimizer, schedule)}
+    lock = open_run(run_dir, args, trained)  # held as long as this process lives
+    if args.resume:
+        state = load_state(run_dir, args, trained, state)
 
     def append(name: str, row: dict):
-        with open(run_dir / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if rank() == 0:
+            with open(run_dir / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def micro(some_pairs: list[tuple]) -> list[torch.Tensor]:
         """Pairs of alike length in micro-batches; both answers of a pair go through the model
@@ -284,6 +290,7 @@ def main(args: Args):
         with torch.no_grad():
             for rows in micro(eval_pairs):
                 chosen[rows], rejected[rows] = score_pairs([eval_pairs[i] for i in rows])
+        chosen, rejected = total(chosen), total(rejected)
         answers = [[len(pair[side]) - pair[3] for pair in eval_pairs] for side in (0, 1)]
         metrics = {
             "step": step, "eval_loss": pair_loss(chosen, rejected).mean(),
@@ -297,56 +304,8 @@ def main(args: Args):
         append("metrics.jsonl", metrics)
         tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
 
-    interrupted = False
-
-    def finish_step(*_):
-        nonlocal interrupted
-        interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-
-    signal.signal(signal.SIGINT, finish_step)
-    evaluate(0)
-    bar = tqdm(range(1, steps + 1), disable=None)  # no bar where the output is no terminal
-    for step in bar:
-        start = time.time()
-        batch = [pairs[i] for i in order[step - 1]]
-
-        # --- 5. update
-        model.train()
-        loss_sum = accuracy = 0.0
-        for rows in micro(batch):
-            part = [batch[i] for i in rows]
-            chosen, rejected = score_pairs(part)
-            margin = torch.tensor([pair[2] for pair in part], device=device)
-            loss = pair_loss(chosen, rejected, margin, args.label_smoothing, args.centering)  # (b,)
-            loss = loss.sum() / len(batch)
-            loss.backward()
-            loss_sum += loss.item()
-            accuracy += (chosen > rejected).sum().item() / len(batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        if not torch.isfinite(grad_norm):
-            fail(f"step {step}: the gradient is not finite; the update was not made. "
-                 "Try a lower --lr, or --dtype float32")
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-        # --- 6. log
-        seconds = time.time() - start
-        metrics = {"step": step, "loss": loss_sum, "accuracy": accuracy, "grad_norm": grad_norm.item(),
-                   "lr": schedule.get_last_lr()[0], "seconds": seconds,
-                   "tokens_per_second": sum(len(p[0]) + len(p[1]) for p in batch) / seconds}
-        metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}
-        append("metrics.jsonl", metrics)
-        shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "seconds")}
-        bar.set_postfix(shown)
-        if step % args.log_every == 0:
-            tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        if args.eval_every and step % args.eval_every == 0 or step == steps or interrupted:
-            evaluate(step)
-        if interrupted:
-            break
-    if reference_name != "none":  # the scale's zero: the reference's own completions
+    def set_bias():
+        """The scale's zero: the mean score of the reference's own completions."""
         model.eval()
         texts = []
         for start in range(0, len(reference_rows), args.micro_batch_size):
@@ -364,12 +323,78 @@ def main(args: Args):
         model.config.reward_bias = getattr(model.config, "reward_bias", 0.0) - mean
         print(f"reward_bias {model.config.reward_bias:.4f}: the mean score of {len(texts)} completions "
               f"by {reference_name} is now 0")
-    (adapter or model).save_pretrained(run_dir / "checkpoint")
-    model.config.save_pretrained(run_dir / "checkpoint")  # an adapter is saved without it
-    tokenizer.save_pretrained(run_dir / "checkpoint")
-    print(f"{f'stopped by Ctrl-C after step {step}; ' if interrupted else ''}"
-          f"the reward model is in {run_dir / 'checkpoint'}")
+
+    def save(name: str):
+        """What from_pretrained loads, and in resume/ what it takes to go on."""
+        with whole_folder(run_dir / name) as folder:
+            save_state(folder, trained, state)
+            if name == "checkpoint" and reference_name != "none":
+                set_bias()
+            save_model(adapter or model, model.config, tokenizer, folder)
+        remove_old(run_dir, args.keep)
+
+    interrupted = stop = False
+
+    def finish_step(*_):
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    signal.signal(signal.SIGINT, finish_step)
+    if not args.resume:
+        evaluate(0)
+    bar = tqdm(range(state["step"] + 1, steps + 1), initial=state["step"], total=steps,
+               disable=rank() > 0 or None)  # no bar where the output is no terminal
+    for step in bar:
+        start = time.time()
+        batch = [pairs[i] for i in order[step - 1]]
+
+        # --- 5. update
+        model.train()
+        loss_sum = accuracy = 0.0
+        for rows in micro(batch):
+            part = [batch[i] for i in rows]
+            chosen, rejected = score_pairs(part)
+            margin = torch.tensor([pair[2] for pair in part], device=device)
+            loss = pair_loss(chosen, rejected, margin, args.label_smoothing, args.centering)  # (b,)
+            loss = loss.sum() / len(batch)
+            loss.backward()
+            loss_sum += loss.item()
+            accuracy += (chosen > rejected).sum().item() / len(batch)
+        grad_norm = clip_gradients(model, args.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            with torch.no_grad():
+                loss = sum(score_pairs(batch))
+            not_finite(step, [tokenizer.decode(pair[0]) for pair, n in zip(batch, loss) if not n.isfinite()],
+                       len(batch))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+        # --- 6. log
+        seconds = time.time() - start
+        metrics = {"step": step, "loss": total(loss_sum), "accuracy": total(accuracy), "grad_norm": grad_norm.item(),
+                   "lr": schedule.get_last_lr()[0], "seconds": seconds,
+                   "tokens_per_second": sum(len(p[0]) + len(p[1]) for p in batch) / seconds}
+        metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}
+        append("metrics.jsonl", metrics)
+        shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "accuracy", "seconds")}
+        bar.set_postfix(shown)
+        if step % args.log_every == 0:
+            tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        stop = total(interrupted) > 0  # in any process
+        if args.eval_every and step % args.eval_every == 0 or step == steps or stop:
+            evaluate(step)
+        state["step"] = step
+        if stop:
+            break
+        if args.save_every and step % args.save_every == 0 and step < steps:
+            save(f"checkpoint-{step}")
+    save("checkpoint")
+    if stop:
+        print(f"stopped by Ctrl-C after step {step}; to go on: {Path(__file__).name} --resume {run_dir}")
+    print(f"the reward model is in {run_dir / 'checkpoint'}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    command_line(main, Args, __doc__)
