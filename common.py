@@ -428,7 +428,7 @@ def shard(model):
             mixed = any(p.dtype == torch.bfloat16 for p in model.parameters())
             with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
                 has_plain_head(model)  # found while it is whole
-            model.logprobs = types.MethodType(completion_logprobs_of, model)
+            model.logprobs = types.MethodType(logprobs_of_whole, model)
         for module in model.modules():
             if type(module).__name__ in (model._no_split_modules or ()):
                 fully_shard(module, mesh=mesh)
@@ -513,12 +513,7 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
                    use_cache=True, **past(network, cache))[0]
 
 
-def completion_logprobs(model, *rollout):
-    """completion_logprobs_of, by way of the hooks of a model that is sharded."""
-    return model.logprobs(*rollout) if hasattr(model, "logprobs") else completion_logprobs_of(model, *rollout)
-
-
-def completion_logprobs_of(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
+def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float = 1.0):
     """log pi(token | prompt, tokens before it) and the policy's entropy at each completion
     token, in nats.
 
@@ -526,6 +521,14 @@ def completion_logprobs_of(model, prompt_ids, prompt_mask, completion_ids, mask,
     detached. Padding that all rows share is trimmed. Logits exist for the tokens of the mask only,
     and where they are many for a chunk of them at a time: the backward pass makes them again.
     """
+    rollout = prompt_ids, prompt_mask, completion_ids, mask
+    if hasattr(model, "logprobs"):  # sharded: by way of its hooks
+        return model.logprobs(*rollout, temperature)
+    return logprobs_of_whole(model, *rollout, temperature)
+
+
+def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float):
+    """completion_logprobs of a model whose weights are all here."""
     rows = trim(prompt_ids, prompt_mask, completion_ids, mask)
     written = rows[3].bool()
     tokens = rows[2][written]  # (N,) of all rows, one after the other

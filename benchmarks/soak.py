@@ -32,7 +32,7 @@ def main(args: Args):
         process = subprocess.Popen(
             [sys.executable, ROOT / f"{args.script}.py", "--steps", str(args.steps), "--lr", "5e-5", "--eval-every", "0",
              "--save-every", str(args.save_every), "--run-dir", run], cwd=ROOT, stdout=subprocess.DEVNULL)
-        step, before = 0, time.time()
+        step = 0
         while process.poll() is None:
             time.sleep(0.2)
             path = run / "metrics.jsonl"

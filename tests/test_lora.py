@@ -34,7 +34,7 @@ def run(script: str, tmp_path, pairs, *flags) -> Path:
     folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     more = ["--data", pairs] if script in ("dpo", "reward_model") else []
     more += ["--reference-dir", str(tmp_path / "ref")] if script == "dpo" else []
-    args = module.tyro.cli(module.Args, args=[*QUICK[script], *more, "--run-dir", str(folder),
+    args = common.tyro.cli(module.Args, args=[*QUICK[script], *more, "--run-dir", str(folder),
                                               "--max-new-tokens", "8", "--lr", "1e-2", *flags])
     module.main(args)
     return folder

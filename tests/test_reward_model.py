@@ -1,5 +1,4 @@
 """reward_model.py: its loss, its reports, its numbered steps, and what it leaves behind."""
-import json
 import math
 
 import pytest

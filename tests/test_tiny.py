@@ -1,5 +1,4 @@
 """The tiny world: its files are what its code makes, its gold reward is what it says, its policy leaves room."""
-import hashlib
 import json
 import random
 import statistics
