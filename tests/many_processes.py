@@ -43,6 +43,9 @@ def main(out: Path, names: list[str]):
         script.main(script.Args(**args, run_dir=str(out / name)))
         if common.rank() == 0:
             save_file(gradients, out / f"{name}.safetensors")
+    if common.dist.is_initialized():
+        common.dist.barrier()
+        common.dist.destroy_process_group()  # else a process that ends first may take the other with it
 
 
 def seeded(generate):
