@@ -457,7 +457,7 @@ def unsharded(model, gather: bool = True):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     yield
-    for i, module in enumerate(parts):
+    for module in parts:
         module.set_reshard_after_forward(module is not model, recurse=False)
         module.reshard()
 
@@ -739,6 +739,10 @@ def of_all(reward):
 @contextlib.contextmanager
 def at_most(seconds: float):
     """Raises TimeoutError in the main thread after so many seconds (0: never)."""
+    if seconds == 0:
+        yield
+        return
+
     def stop(*_):
         raise TimeoutError
     before = signal.signal(signal.SIGALRM, stop)
@@ -799,7 +803,8 @@ def command_line(main, Args, description: str):
         if "probability tensor" in str(error):  # in sampling
             fail("the policy's probabilities are not finite after the last step in metrics.jsonl: try a lower --lr, "
                  "or --dtype float32; --resume goes on from the newest checkpoint")
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        if not isinstance(error, MemoryError) and not re.search(
+                "out of memory|allocate memory|not enough memory", str(error)):
             raise
         fail(f"out of memory ({first_line(error)[:100]}): lower --tokens-per-micro-batch or --micro-batch-size, "
              "--generate-batch-size if it was sampling, or use --gradient-checkpointing, --lora-rank, or "

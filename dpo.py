@@ -69,6 +69,8 @@ class Args:
     gold: str = ""
     """what evaluation scores those answers by: a reward model, or file.py:function (tiny world: its
     gold reward)"""
+    reward_timeout: float = 0.0
+    """seconds that such a function may take for all answers (0: any)"""
     prompt_column: str = "prompt"
     """the column that holds the prompt; without it, the prompt is what chosen and rejected
     begin with"""
@@ -239,7 +241,8 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         position = position + 1
         logits = model(input_ids=token, attention_mask=attention, position_ids=position,
                        use_cache=True, **past(model, cache)).logits[:, -1]
-    ended = torch.isin(completion_ids, ends) * mask  # where rows had to go on, waiting for other processes
+    # nothing after the first end, where rows went on, waiting for another process
+    ended = torch.isin(completion_ids, ends) * mask
     mask = mask * (ended.cumsum(1) - ended == 0)
     return completion_ids, mask
 
@@ -254,16 +257,18 @@ def main(args: Args):
 
     # --- setup
     for flag in ("warmup", "lora_rank", "eval_every", "save_every", "eval_prompts", "max_tokens",
-                 "sft_weight", "simpo_margin"):
+                 "sft_weight", "simpo_margin", "reward_timeout"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("epochs", "pairs_per_step", "beta", "lr", "micro_batch_size", "tokens_per_micro_batch",
-                 "log_every", "generate_batch_size", "eval_pairs", "max_new_tokens", "temperature", "keep"):
+                 "log_every", "generate_batch_size", "eval_pairs", "max_new_tokens", "temperature",
+                 "keep"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 < args.top_p <= 1:
         fail("--top-p: must be more than 0 and at most 1")
-    run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    new_name = f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.run_dir or new_name)
     if run_dir.exists() and not args.resume:
         fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
     device = join_processes(args.device)
@@ -344,7 +349,8 @@ def main(args: Args):
                                   "cpu" if args.offload_reference else device)
         freeze(reference, bf16)
         shard(reference)
-    gold = load_reward(args.gold, device, args.micro_batch_size) if args.gold else None
+    gold = load_reward(args.gold, device, args.micro_batch_size, timeout=args.reward_timeout
+                       ) if args.gold else None
     if args.gradient_checkpointing:
         checkpoint_gradients(policy)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad],
@@ -435,9 +441,10 @@ def main(args: Args):
     for name, model in {"policy": policy, **({} if adapter else {"reference": reference})}.items():
         tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
         size = 12 * tuned + sum(p.numel() * p.element_size() for p in model.parameters())
-        print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB  weights"
+        print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters "
+              f"{size / 2**20:10.1f} MiB  weights"
               + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
-    # what a run carries from step to step, besides what it trains
+    # carried by a run that goes on
     state = {"step": 0, "rows": len(pairs), "first_texts": [], "first_scores": []}
     trained = {"policy": (policy, optimizer, schedule)}
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
@@ -473,7 +480,8 @@ def main(args: Args):
         if args.eval_prompts:
             prompt_ids, prompt_mask = pad(sample_prompts, pad_id, "left", device)
             generator = torch.Generator(device).manual_seed(args.seed + 1_000_000 * rank())
-            calls = math.ceil(len(prompt_ids) / ranks() / args.generate_batch_size)  # in every process as many
+            # in every process as many calls
+            calls = math.ceil(len(prompt_ids) / ranks() / args.generate_batch_size)
             with autocast, unsharded(policy, args.gather_to_sample):
                 parts = [generate(policy, *ids, args, 1, ends, pad_id, generator) for ids in zip(
                     *(share(t).tensor_split(calls) for t in (prompt_ids, prompt_mask)))]
@@ -489,7 +497,8 @@ def main(args: Args):
                 scores["gold"] = gold(sample_rows, texts)  # (B,)
                 if not state["first_texts"]:
                     state["first_scores"] = scores["gold"].tolist()
-                ahead = scores["gold"] - torch.tensor(state["first_scores"], device=device)  # (B,) nan: left out
+                # (B,) nan where one of the two is left out
+                ahead = scores["gold"] - torch.tensor(state["first_scores"], device=device)
                 wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
                 metrics |= {"eval_gold": scores["gold"].nanmean(), "eval_win_rate": wins.mean()}
             state["first_texts"] = state["first_texts"] or texts
@@ -542,8 +551,8 @@ def main(args: Args):
         if not torch.isfinite(grad_norm):
             with torch.no_grad():
                 loss, _ = losses([pairs[i] for i in batch], ref_logprobs[batch])
-            not_finite(step, [tokenizer.decode(pairs[i][0]) for i, n in zip(batch, loss) if not n.isfinite()],
-                       len(batch))
+            bad = [pairs[i][0] for i, n in zip(batch, loss) if not n.isfinite()]
+            not_finite(step, tokenizer.batch_decode(bad), len(batch))
         metrics = {k: v if k == "step" else total(v) for k, v in metrics.items()}
         optimizer.step()
         schedule.step()

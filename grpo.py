@@ -295,7 +295,8 @@ def generate(model, prompt_ids, prompt_mask, args, group_size: int, ends: list[i
         position = position + 1
         logits = model(input_ids=token, attention_mask=attention, position_ids=position,
                        use_cache=True, **past(model, cache)).logits[:, -1]
-    ended = torch.isin(completion_ids, ends) * mask  # where rows had to go on, waiting for other processes
+    # nothing after the first end, where rows went on, waiting for another process
+    ended = torch.isin(completion_ids, ends) * mask
     mask = mask * (ended.cumsum(1) - ended == 0)
     return completion_ids, mask
 
@@ -307,7 +308,7 @@ def main(args: Args):
     kl_in_reward = args.beta > 0 and args.kl_in == "reward"
     # with one update a rollout the old log-probs are the new ones: no second forward pass
     old_first = kl_in_reward or args.epochs * args.minibatches > 1
-    state = {}
+    state = {}  # nothing is carried from step to step, besides what all scripts carry
 
     # --- setup
     for flag in ("steps", "lora_rank", "eval_every", "save_every", "warmup", "beta",
@@ -326,7 +327,8 @@ def main(args: Args):
     if args.top_p < 1:
         print("warning: --top-p < 1 samples from another distribution than the one whose log-probs, "
               "ratio and KL are computed: they are inexact")
-    run_dir = Path(args.resume or args.run_dir or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    new_name = f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.run_dir or new_name)
     if run_dir.exists() and not args.resume:
         fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
     device = join_processes(args.device)
@@ -386,7 +388,8 @@ def main(args: Args):
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
-    models = {"policy": policy, "reference": None if adapter else reference, "reward": getattr(reward, "model", None)}
+    models = {"policy": policy, "reference": None if adapter else reference,
+              "reward": getattr(reward, "model", None)}
     trained = {"policy": (policy, optimizer, schedule)}
 
     # --- the run folder, sampling and evaluation
@@ -394,9 +397,10 @@ def main(args: Args):
         if model is not None:
             tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
             size = 12 * tuned + sum(p.numel() * p.element_size() for p in model.parameters())
-            print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters {size / 2**20:10.1f} MiB  weights"
+            print(f"{name:10} {model.num_parameters() / 1e6:10.2f} M parameters "
+                  f"{size / 2**20:10.1f} MiB  weights"
                   + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
-    # what a run carries from step to step, besides what it trains; order: of the prompts still to come
+    # carried by all scripts, and by a run that goes on; order: of the prompts still to come
     state |= {"step": 0, "rows": len(prompts), "order": [], "first_texts": [], "first_scores": []}
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
     if args.resume:
@@ -416,9 +420,10 @@ def main(args: Args):
         (B, T), truncated (B,), and the B texts."""
         prompt_ids, prompt_mask = pad(some_prompts, pad_id, "left", device)
         at_once = max(1, args.generate_batch_size // group_size)
-        with autocast, unsharded(policy, args.gather_to_sample):  # one context for all tokens: the weights are cast once
-            calls = math.ceil(len(some_prompts) / ranks() / at_once)  # in every process as many
-            prompts_at_once = list(zip(*(share(t).tensor_split(calls) for t in (prompt_ids, prompt_mask))))
+        calls = math.ceil(len(some_prompts) / ranks() / at_once)  # in every process as many
+        prompts_at_once = list(zip(*(share(t).tensor_split(calls) for t in (prompt_ids, prompt_mask))))
+        # one context for all tokens: the weights are cast, and gathered, once
+        with autocast, unsharded(policy, args.gather_to_sample):
             parts = [generate(policy, ids, m, args, group_size, ends, pad_id, generator)
                      for ids, m in progress(prompts_at_once, "generate")]
         mask = gather(torch.cat([m for _, m in parts]))
@@ -457,7 +462,8 @@ def main(args: Args):
         judge = scores["gold" if gold else "reward"]
         if not state["first_texts"]:  # the reference's completions, and what judges a win
             state.update(first_texts=texts, first_scores=judge.tolist())
-        ahead = judge - torch.tensor(state["first_scores"], device=device)  # (B,) nan: one is left out
+        # (B,) nan where one of the two is left out
+        ahead = judge - torch.tensor(state["first_scores"], device=device)
         wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
         metrics = {"step": step} | {f"eval_{k}": round(v.nanmean().item(), 4) for k, v in scores.items()}
         metrics |= {"eval_length": round(mask.sum(1).float().mean().item(), 2),
@@ -468,7 +474,8 @@ def main(args: Args):
         for i, (row, text) in enumerate(zip(eval_data, texts)):
             values = {k: round(v[i].item(), 4) for k, v in scores.items()}
             append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
-                                     "reference": state["first_texts"][i], "truncated": bool(truncated[i]),
+                                     "reference": state["first_texts"][i],
+                                     "truncated": bool(truncated[i]),
                                      **{k: v for k, v in values.items() if v == v}})
             if i < 4:
                 asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
@@ -595,8 +602,10 @@ def main(args: Args):
         seconds = clock[-1] - clock[0]
         parts = zip(("generate", "score", "kl", "update"), clock, clock[1:])
         metrics = {
-            "step": step, "reward": scores.nanmean(), "reward_std": scores[~scores.isnan()].std(correction=0),
-            "kl": kl_estimate(old_logprobs, ref_logprobs).sum(1).mean(), "entropy": masked_mean(entropy, mask),
+            "step": step, "reward": scores.nanmean(),
+            "reward_std": scores[~scores.isnan()].std(correction=0),
+            "kl": kl_estimate(old_logprobs, ref_logprobs).sum(1).mean(),
+            "entropy": masked_mean(entropy, mask),
             "length": mask.sum(1).float().mean(), "truncated": truncated.float().mean(),
             "loss": sum(losses) / updates, "grad_norm": sum(grad_norms) / updates,
             "lr": schedule.get_last_lr()[0], "seconds": seconds,

@@ -162,7 +162,8 @@ def correlation(a, b) -> float:
 
 def main(args: Args):
     # --- setup
-    for flag in ("centering", "lora_rank", "warmup", "eval_every", "save_every", "bias_prompts", "max_tokens"):
+    for flag in ("centering", "lora_rank", "warmup", "eval_every", "save_every", "bias_prompts",
+                 "max_tokens"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("epochs", "pairs_per_step", "lr", "micro_batch_size", "tokens_per_micro_batch",
@@ -171,7 +172,8 @@ def main(args: Args):
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 <= args.label_smoothing < 0.5:
         fail("--label-smoothing: must be at least 0 and below 0.5")
-    run_dir = Path(args.resume or args.run_dir or f"runs/reward_model-{time.strftime('%Y%m%d-%H%M%S')}")
+    new_name = f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.resume or args.run_dir or new_name)
     if run_dir.exists() and not args.resume:
         fail(f"--run-dir: {run_dir} exists already: name a new folder, or move it away")
     device = join_processes(args.device)
@@ -260,7 +262,7 @@ def main(args: Args):
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=steps)
-    state = {"step": 0, "rows": len(pairs)}  # what a run carries from step to step, besides what it trains
+    state = {"step": 0, "rows": len(pairs)}  # carried by a run that goes on
     trained = {"model": (model, optimizer, schedule)}
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
     if args.resume:
@@ -365,16 +367,16 @@ def main(args: Args):
         if not torch.isfinite(grad_norm):
             with torch.no_grad():
                 loss = sum(score_pairs(batch))
-            not_finite(step, [tokenizer.decode(pair[0]) for pair, n in zip(batch, loss) if not n.isfinite()],
-                       len(batch))
+            bad = [pair[0] for pair, n in zip(batch, loss) if not n.isfinite()]
+            not_finite(step, tokenizer.batch_decode(bad), len(batch))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
         # --- 6. log
         seconds = time.time() - start
-        metrics = {"step": step, "loss": total(loss_sum), "accuracy": total(accuracy), "grad_norm": grad_norm.item(),
-                   "lr": schedule.get_last_lr()[0], "seconds": seconds,
+        metrics = {"step": step, "loss": total(loss_sum), "accuracy": total(accuracy),
+                   "grad_norm": grad_norm.item(), "lr": schedule.get_last_lr()[0], "seconds": seconds,
                    "tokens_per_second": sum(len(p[0]) + len(p[1]) for p in batch) / seconds}
         metrics = {k: v if k == "step" else float(f"{float(v):.5g}") for k, v in metrics.items()}
         append("metrics.jsonl", metrics)

@@ -18,6 +18,7 @@ ONLINE = dict(steps=1, prompts_per_step=4, group_size=4, max_new_tokens=16, eval
               micro_batch_size=3, max_grad_norm=1e9)
 ARGS = {
     "grpo": ONLINE | dict(loss_type="dapo", scale_rewards="batch", kl_in="reward"),
+    "grpo --lora-rank": ONLINE | dict(lora_rank=4),
     "ppo": ONLINE | dict(minibatches=1),
     "reinforce": ONLINE | dict(normalise=True, kl_in="token"),
     "dpo": dict(pairs_per_step=8, micro_batch_size=6, eval_pairs=4, eval_prompts=2, max_new_tokens=4, device="cpu",
@@ -31,7 +32,7 @@ def main(out: Path, names: list[str]):
     pairs = Path("tiny/preferences.jsonl").read_text().splitlines(True)[:14]  # 10, in steps of 8 and 2, and 4 held out
     (out / f"pairs-{common.os.environ.get('RANK', 0)}.jsonl").write_text("".join(pairs))
     for name in names:
-        script, gradients = importlib.import_module(name), {}
+        script, gradients = importlib.reload(importlib.import_module(name.split()[0])), {}
         if hasattr(script, "generate"):
             script.generate = seeded(script.generate)
         script.clip_gradients = noted(script.clip_gradients, gradients)

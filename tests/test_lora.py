@@ -1,13 +1,16 @@
 """Low-rank adapters (--lora-rank), with the library peft."""
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import common
+from test_many_processes import ENV, TORCHRUN
 
 QUICK = {
     "grpo": ["--prompts-per-step", "2", "--group-size", "2", "--steps", "2", "--eval-prompts", "4"],
@@ -133,3 +136,20 @@ def test_matrices_as_autocast_casts_them_change_no_number():
         assert torch.equal(logits(model), before)
     kinds = [p.dtype for p in model.parameters() if p.ndim == 2]
     assert kinds.count(torch.bfloat16) > len(kinds) // 2
+
+
+def test_two_processes_train_the_adapter_of_one(peft, tmp_path):
+    """The gradients of its matrices; those of A are zero at first, since B is."""
+    for folder, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
+        done = subprocess.run([*launch, "tests/many_processes.py", tmp_path / folder, "grpo --lora-rank"], env=ENV,
+                              capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / folder / "grpo --lora-rank.safetensors") for folder in ("one", "two"))
+    names = [name for name in one if "lora_B" in name]
+    assert one.keys() == two.keys() and len(names) == 28
+    worst = max(((one[k] - two[k]).norm() / one[k].norm()).item() for k in names)
+    print(f"grpo --lora-rank: {len(names)} gradients, the worst relative difference {worst:.1e}")
+    assert worst < 1e-5
+    adapters = [load_file(tmp_path / folder / "grpo --lora-rank/checkpoint/adapter_model.safetensors")
+                for folder in ("one", "two")]
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 56

@@ -109,6 +109,33 @@ def test_micro_batches_hold_every_row_once_within_their_limits(lengths, size, to
     assert [int(lengths[part].max()) for part in parts] == sorted((int(lengths[p].max()) for p in parts), reverse=True)
 
 
+@given(st.lists(st.integers(1, 500), min_size=2, max_size=60), st.integers(1, 20), st.integers(1, 2000), st.integers(2, 5))
+def test_processes_share_every_row_and_pass_equally_often(lengths, size, tokens, n):
+    """Each row is one process's; all have as many micro-batches, and none an empty one; items likewise."""
+    n, lengths = min(n, len(lengths)), torch.tensor(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "ranks", lambda: n)
+        per_process, items = [], []
+        for rank in range(n):
+            patch.setattr(common, "rank", lambda: rank)
+            per_process.append(common.micro_batches(lengths, size, tokens))
+            items.append(common.share(list(range(len(lengths)))))
+            alone = common.micro_batches(lengths, size, tokens, shared=False)
+            assert sorted(torch.cat(alone).tolist()) == list(range(len(lengths)))
+    assert len({len(parts) for parts in per_process}) == 1
+    assert all(len(part) for parts in per_process for part in parts)
+    assert sorted(i for parts in per_process for part in parts for i in part.tolist()) == list(range(len(lengths)))
+    assert sum(items, []) == list(range(len(lengths))) and max(map(len, items)) - min(map(len, items)) <= 1
+
+
+def test_too_few_rows_for_the_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(common, "ranks", lambda: 3)
+    common.enough(3, "--pairs-per-step")
+    with pytest.raises(SystemExit) as stop:
+        common.enough(2, "--pairs-per-step")
+    assert stop.value.code == 2 and "--pairs-per-step: 2 are too few for 3 processes" in capsys.readouterr().err
+
+
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=40),
        min_size=2, max_size=2), st.integers(2, 60))
 def test_cut_pairs_fit_and_keep_the_prompts_end_and_the_answers_beginning(prompt, answers, longest):

@@ -163,11 +163,12 @@ def test_out_of_memory_says_which_flags_help(error, monkeypatch, capsys):
     assert all(flag in said for flag in ("--tokens-per-micro-batch", "--generate-batch-size", "--gradient-checkpointing"))
 
 
-def test_other_errors_of_the_program_are_not_hidden(monkeypatch):
+@pytest.mark.parametrize("words", ["a bug", "CUDA error: an illegal memory access was encountered"])
+def test_other_errors_of_the_program_are_not_hidden(words, monkeypatch):
     def main(args):
-        raise RuntimeError("a bug")
+        raise RuntimeError(words)
     monkeypatch.setattr(sys, "argv", ["grpo"])
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(RuntimeError, match=words):
         common.command_line(main, grpo.Args, "")
 
 
@@ -188,6 +189,28 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(name, tmp_path, mon
     assert "0 of its" in error  # no row is to blame
     assert [p.name for p in (tmp_path / "run").glob("checkpoint*")] == ["checkpoint-2"]
     assert max(r["step"] for r in rows(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo", "reinforce"])
+def test_the_prompt_to_blame_is_found(name, tmp_path, monkeypatch, capsys):
+    """One row of the rollout has a log-prob that is nan, at the first update: its prompt alone is named."""
+    script, bad = SCRIPTS[name], []
+    logprobs, clip = script.completion_logprobs, script.clip_gradients
+
+    def spoil(model, prompt_ids, prompt_mask, *rest):
+        found, entropy = logprobs(model, prompt_ids, prompt_mask, *rest)
+        prompts = [tuple(ids[m.bool()].tolist()) for ids, m in zip(prompt_ids, prompt_mask)]
+        bad.extend(prompts[:1] if not bad else [])
+        row = torch.tensor([prompt == bad[0] for prompt in prompts])[:, None]
+        return torch.where(row, float("nan"), found), entropy
+    monkeypatch.setattr(script, "completion_logprobs", spoil)
+    monkeypatch.setattr(script, "clip_gradients", lambda *a: clip(*a) * float("nan"))  # the critic's may be finite
+    error = fails(lambda: run(name, tmp_path, run_dir=str(tmp_path / "run"), eval_every=0), capsys)
+    tokenizer = common.load_tokenizer("tiny/policy")
+    prompts = [row["prompt"] for row in common.read_prompts("tiny/prompts.jsonl")]
+    ids = common.encode(tokenizer, [common.render(tokenizer, prompt) for prompt in prompts])
+    blamed = prompts[ids.index(list(bad[0]))]
+    assert f"for 1 of its 3 rows: {str(blamed).strip()[:60]!r}. Try" in error
 
 
 def test_the_rows_to_blame_are_named(capsys):
