@@ -69,14 +69,20 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
     assert steps == [1, 2, 3, 4]
 
 
-def test_ctrl_c_stops_all_processes_after_the_same_step(tmp_path):
+@pytest.mark.parametrize("to", ["all", "one"])
+def test_ctrl_c_stops_all_processes_after_the_same_step(to, tmp_path):
+    """Given to torchrun and its processes, as a terminal does, or to one of them alone."""
     process = subprocess.Popen([*map(str, TORCHRUN), "reinforce.py", *SMALL, "--steps", "1000", "--run-dir", str(tmp_path / "run")],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                env=ENV | {"PYTHONUNBUFFERED": "1"})
     for line in process.stdout:
         if line.startswith("step"):
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            if to == "all":
+                os.killpg(process.pid, signal.SIGINT)
+            else:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                os.kill(int(children[-1]), signal.SIGINT)
             break
     out, error = process.communicate(timeout=60)
     assert "stopped by Ctrl-C after step" in out, error[-2000:]
-    assert (tmp_path / "run/checkpoint/resume/state.json").is_file()
+    assert (tmp_path / "run/checkpoint/resume/state.json").is_file() and (to == "all" or process.returncode == 0)

@@ -95,6 +95,21 @@ def test_a_stopped_run_ends_as_one_that_was_not(name, tmp_path, monkeypatch, sto
     assert not list(folder.glob("*.part")) and [p.name for p in folder.glob("checkpoint*")] == ["checkpoint"]
 
 
+@pytest.mark.parametrize("name", ["grpo", "reward_model"])  # the others save as grpo.py does
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(name, tmp_path, monkeypatch):
+    """So that a kill during a save leaves the one before it, and nothing that could be taken for another."""
+    seen = {}
+    for function in ("save_model", "save_state"):
+        def save(*args, original=getattr(SCRIPTS[name], function)):
+            original(*args)
+            names = sorted(p.name for p in (tmp_path / "run").glob("checkpoint*") if p.suffix != ".part")
+            seen.setdefault(len(seen), names)
+        monkeypatch.setattr(SCRIPTS[name], function, save)
+    run(name, tmp_path, run_dir=str(tmp_path / "run"))
+    before = [[], [], ["checkpoint-2"], ["checkpoint-2"], ["checkpoint-4"], ["checkpoint-4"]]
+    assert list(seen.values()) == before  # twice a save: at step 2, 4, and the end
+
+
 def test_more_steps_and_more_checkpoints_than_before(tmp_path, monkeypatch):
     """Flags given with --resume count, others are the run's own."""
     run("grpo", tmp_path, run_dir=str(tmp_path / "run"), steps=2, lr_schedule="constant", eval_every=0)
