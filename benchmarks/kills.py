@@ -22,7 +22,7 @@ import tyro
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-ONLINE = ("--steps 40 --prompts-per-step 3 --group-size 4 --max-new-tokens 16 --eval-every 0 "
+ONLINE = ("--steps 80 --prompts-per-step 3 --group-size 4 --max-new-tokens 16 --eval-every 0 "
           "--save-every 3 --log-every 1").split()
 FLAGS = {
     "grpo": ONLINE + ["--minibatches", "2"], "ppo": ONLINE + ["--kl-target", "1"],
@@ -66,7 +66,7 @@ def main(args: Args):
     same = lost = 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:128]
+        pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:320]
         (folder / "pairs.jsonl").write_text("".join(pairs))
         whole = {}
         for name in args.scripts:
@@ -77,7 +77,8 @@ def main(args: Args):
             whole[name] = load_file(folder / name / "checkpoint/model.safetensors")
             whole[name, "flags"] = flags
             print(f"{name}: {last_step(folder / name)} steps in one go", flush=True)
-        for kill in range(args.kills):
+        kill = 0
+        while kill < args.kills:
             name = args.scripts[kill % len(args.scripts)]
             run = folder / f"{name}-{kill}"
             process = start(name, folder, *whole[name, "flags"], "--run-dir", str(run))
@@ -89,8 +90,12 @@ def main(args: Args):
                 time.sleep(0.0005)
             time.sleep(random.uniform(0, 0.03) if at_save else 0)
             saving = [path.name for path in run.glob("*.part")]
+            if process.poll() is not None:  # it had ended before the kill came: again
+                shutil.rmtree(run)
+                continue
             os.killpg(process.pid, 9)
-            ended = process.wait() == 0  # before the kill came
+            process.wait()
+            kill += 1
             reached, kept = last_step(run), newest(run)
             finish(name, folder, "--resume", str(run))
             found = load_file(run / "checkpoint/model.safetensors")
@@ -98,7 +103,7 @@ def main(args: Args):
             steps = [r["step"] for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
             once = steps == list(range(1, max(steps) + 1))
             same, lost = same + (equal and once), lost + (reached - kept > 3)
-            print(f"kill {kill + 1}, {name}: at step {reached}, {'ended, ' if ended else ''}newest checkpoint {kept}"
+            print(f"kill {kill}, {name}: at step {reached}, newest checkpoint {kept}"
                   f"{', in ' + saving[0] if saving else ''}; resumed: weights {'the same' if equal else 'OTHERS'}, "
                   f"metrics {'whole' if once else 'NOT whole'}", flush=True)
             shutil.rmtree(run)
