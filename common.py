@@ -1,5 +1,5 @@
-"""What the five scripts share: rows of data, tokenization, log-prob helpers, the reward model, and
-a run's folder. Nothing else.
+"""What the five scripts share: rows of data, tokenization, log-prob helpers, the reward model,
+measures of evaluation, and a run's folder. Nothing else.
 
 Shapes: B completions, P prompt tokens (padded on the left), T completion tokens (padded on the
 right). A user's mistake ends in one line on stderr and exit code 2; see `fail`.
@@ -777,6 +777,127 @@ def load_function(name: str):
     return getattr(module, function)
 
 
+# --- evaluation
+
+def wilson_interval(mean: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a rate seen in n tries (Wilson 1927), of 95 % with z = 1.96; with ties that count
+    half, it is a little wider than it need be."""
+    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def length_controlled(wins, longer, z: float = 1.96) -> tuple[float, float, float]:
+    """The win rate if both answers were equally long, and its interval (Dubois et al. 2024,
+    arXiv:2404.04475, section 3).
+
+    wins, longer (B,): 1, 0, or 0.5 for a tie, and by how many tokens the answer is the longer one.
+    P(win) = sigmoid(a + b * tanh(longer / its standard deviation)) is fitted by Newton's method, with a
+    normal prior of standard deviation 3 on both; sigmoid(a) is the rate. Their term for a prompt's
+    difficulty takes many models to fit, and is left out.
+    """
+    wins, longer = wins.double(), longer.double()
+    spread = longer.std(correction=0).clamp(min=1e-6)
+    x = torch.stack([torch.ones_like(longer), (longer / spread).tanh()], 1)  # (B, 2)
+    prior, weights = torch.eye(2, dtype=x.dtype, device=x.device) / 9, x.new_zeros(2)
+    for _ in range(20):
+        p = (x @ weights).sigmoid()  # (B,)
+        curvature = (x * (p * (1 - p))[:, None]).T @ x + prior  # (2, 2)
+        weights = weights + torch.linalg.solve(curvature, x.T @ (wins - p) - prior @ weights)
+    error = z * curvature.inverse()[0, 0].sqrt()
+    return tuple((weights[0] + e).sigmoid().item() for e in (0.0, -error, error))
+
+
+def win_rates(ahead, longer, samples: int = 1) -> dict[str, float]:
+    """How often the policy's completion is better than the reference's, ties counting half, and the
+    length-controlled rate, with their intervals of 95 %.
+
+    ahead, longer (B,): how much better (nan: left out), and how many tokens longer. samples: of each
+    prompt, one after the other; the interval is over prompts.
+    """
+    wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())
+    wins[ahead.isnan()] = math.nan
+    by_prompt = wins.view(-1, samples).nanmean(1)  # (prompts,)
+    kept, valid = by_prompt[~by_prompt.isnan()], ~wins.isnan()
+    if len(kept) == 0:
+        return {}
+    rate = kept.mean().item()
+    low, high = wilson_interval(rate, len(kept))
+    controlled, lc_low, lc_high = length_controlled(wins[valid], longer[valid], 1.96 * samples ** 0.5)
+    return {"win_rate": rate, "win_rate_low": low, "win_rate_high": high, "lc_win_rate": controlled,
+            "lc_win_rate_low": lc_low, "lc_win_rate_high": lc_high}
+
+
+def pass_at_k(right, k: int):
+    """Unbiased estimate of P(one of k completions is right), (prompts,), from n >= k of each prompt
+    (Chen et al. 2021, arXiv:2107.03374, eq. 1): 1 - C(n - right, k) / C(n, k). right (prompts, n), 0 or
+    1."""
+    n, wrong = right.shape[1], (1 - right).sum(1)
+    none = torch.ones_like(wrong, dtype=torch.float64)
+    for i in range(k):  # C(wrong, k) / C(n, k), factor by factor
+        none = none * (wrong - i).clamp(min=0) / (n - i)
+    return 1 - none
+
+
+def pass_rates(scores, samples: int) -> dict[str, float]:
+    """pass_at_k for k = 1, 2, 4 ... up to samples, of scores (B,) that are all 0 or 1; otherwise nothing."""
+    if samples < 2 or not ((scores == 0) | (scores == 1)).all():
+        return {}
+    right, ks = scores.view(-1, samples), [2**i for i in range(samples.bit_length())]
+    return {f"pass_at_{k}": pass_at_k(right, k).mean().item() for k in ks}
+
+
+def length_correlation(scores, lengths, group_size: int) -> float:
+    """Pearson's correlation of score and length (B,) each, within prompts: both less their group's mean. 0
+    where one of them does not vary. Near 1 the reward pays for words."""
+    valid = ~scores.isnan()
+    lengths = torch.where(valid, lengths.to(scores.dtype), math.nan)
+    scores, lengths = ((v - v.view(-1, group_size).nanmean(1).repeat_interleave(group_size))[valid].double()
+                       for v in (scores, lengths))
+    return ((scores * lengths).sum() / (scores.norm() * lengths.norm()).clamp(min=1e-9)).item()
+
+
+def distinct_ngrams(completion_ids, mask, n: int = 3) -> float:
+    """The share of a completion's n-grams of tokens that are not repeats of another in it, averaged over the
+    completions that have one; 1: none is repeated (Li et al. 2016, arXiv:1510.03055)."""
+    if mask.shape[1] < n:
+        return 1.0
+    inside = mask[:, n - 1:].bool()  # (B, T - n + 1), as masks are 1 up to an end
+    grams = completion_ids.new_zeros(inside.shape)
+    size = int(completion_ids.max()) + 1
+    for i in range(n):  # one number for each n-gram
+        grams = grams * size + completion_ids[:, i:i + grams.shape[1]]
+    grams = grams.masked_fill(~inside, -1).sort(1).values
+    first = (grams[:, 1:] != grams[:, :-1]) & (grams[:, 1:] >= 0)
+    distinct = first.sum(1) + (grams[:, 0] >= 0)
+    of = inside.sum(1)
+    return (distinct[of > 0] / of[of > 0]).mean().item() if of.any() else 1.0
+
+
+def eval_line(metrics: dict) -> str:
+    """An evaluation's metrics as a line to read."""
+    found = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+    ends = {k: f" ({found[k + '_low']:.2f} to {found[k + '_high']:.2f})" for k in found if k + "_low" in found}
+    return "eval  " + "  ".join(f"{k} {v:g}{ends.get(k, '')}" for k, v in found.items()
+                                if not k.endswith(("_low", "_high")))
+
+
+def credit_line(tokenizer, completion_ids, advantages) -> str:
+    """A completion (T,) with each token's advantage (T,): in a terminal green where it is to become more
+    likely, red where less, the stronger the more; elsewhere as numbers."""
+    most = advantages.abs().max().clamp(min=1e-6)
+    words, colours = [], sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before = ""
+    for t, advantage in enumerate(advantages.tolist()):
+        text = tokenizer.decode(completion_ids[:t + 1])  # a token alone may be no whole letter, or lose its space
+        word, before = text[len(before):], text
+        word = "".join(c if c.isprintable() else "\\n" if c == "\n" else "?" for c in word)
+        dark = 255 - int(200 * abs(advantage) / most)
+        red, green = (dark, 255) if advantage > 0 else (255, dark)
+        words.append(f"\033[30;48;2;{red};{green};{dark}m{word}\033[0m" if colours else f"{word}[{advantage:+.2f}]")
+    return "".join(words)
+
+
 # --- a run's folder
 
 def command_line(main, Args, description: str):
@@ -792,6 +913,8 @@ def command_line(main, Args, description: str):
         if unknown := set(flags) - {field.name for field in dataclasses.fields(Args)}:
             fail(f"--resume {args.resume}: a run of another script: it has --{min(unknown).replace('_', '-')}")
         args = tyro.cli(Args, description=description, default=Args(**flags | {"resume": args.resume}))
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        fail("--tensorboard: takes the library tensorboard: pip install 'plain-rlhf[tensorboard]'")
     try:
         main(args)
         if dist.is_initialized():
@@ -834,6 +957,21 @@ def open_run(run_dir: Path, args, trained: dict):
     if dist.is_initialized():
         dist.barrier()
     return lock
+
+
+def open_curves(run_dir: Path, args, step: int):
+    """What writes RUN/tensorboard, without the steps after `step` that it may hold; None without
+    --tensorboard."""
+    if args.tensorboard and rank() == 0:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(run_dir / "tensorboard", purge_step=step + 1 if step else None)
+
+
+def draw(curves, row: dict):
+    """A row of metrics as points of curves."""
+    for name, value in row.items():
+        curves.add_scalar(name, value, row["step"])
+    curves.flush()
 
 
 def write_args(run_dir: Path, args):
@@ -961,6 +1099,8 @@ def load_state(run_dir: Path, args, trained: dict, state: dict, generator=None) 
     import torch.distributed.checkpoint as dcp
     _, folder = checkpoints(run_dir)[-1]
     found = json.loads((folder / "resume/state.json").read_text(encoding="utf-8"))
+    if lacks := set(state) - set(found):
+        fail(f"--resume {run_dir}: {folder} was saved by another version of this script: it has no {min(lacks)!r}")
     if found["rows"] != state["rows"]:
         fail(f"--resume {run_dir}: --data now gives {state['rows']} rows, and {found['rows']} when the run began")
     try:

@@ -44,12 +44,13 @@ from transformers import (AutoModelForCausalLM, DynamicCache, TopPLogitsWarper, 
                           logging)
 
 from common import (add_lora, anywhere, as_reference, checkpoint_gradients, clip_gradients,
-                    command_line, completion_logprobs, context_of, encode, encode_prompts, enough,
-                    fail, first_line, freeze, gather, join_processes, kl_estimate, load_model,
-                    load_reward, load_state, load_tokenizer, micro_batches, not_finite, open_run,
-                    pad, past, rank, ranks, read_pairs, read_prompts, remove_old, render,
+                    command_line, completion_logprobs, context_of, draw, encode,
+                    encode_prompts, enough, eval_line, fail, first_line, freeze, gather,
+                    join_processes, kl_estimate, load_model, load_reward, load_state,
+                    load_tokenizer, micro_batches, not_finite, open_curves, open_run, pad,
+                    past, rank, ranks, read_pairs, read_prompts, remove_old, render,
                     save_model, save_state, shard, share, total, unsharded, wants_bf16, whole,
-                    whole_folder)
+                    whole_folder, win_rates)
 
 
 # --- arguments
@@ -83,7 +84,7 @@ class Args:
     seed: int = 0
 
     epochs: int = 1
-    """passes over the pairs (1 to 3)"""
+    """passes over the pairs (1 to 3; 0: evaluate --model, and save nothing of it)"""
     pairs_per_step: int = 32
     """pairs an update (32 to 256)"""
     max_tokens: int = 0
@@ -135,6 +136,8 @@ class Args:
     """held-out pairs, where --eval-data names none"""
     eval_prompts: int = 300
     """prompts that evaluation has answered, one completion each (0: none)"""
+    tensorboard: bool = False
+    """curves in RUN/tensorboard, too"""
     max_new_tokens: int = 48
     """longest of those completions, in tokens"""
     temperature: float = 1.0
@@ -256,11 +259,11 @@ def main(args: Args):
     args.length_normalise |= args.loss_type == "simpo"
 
     # --- setup
-    for flag in ("warmup", "lora_rank", "eval_every", "save_every", "eval_prompts", "max_tokens",
-                 "sft_weight", "simpo_margin", "reward_timeout"):
+    for flag in ("epochs", "warmup", "lora_rank", "eval_every", "save_every", "eval_prompts",
+                 "max_tokens", "sft_weight", "simpo_margin", "reward_timeout"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
-    for flag in ("epochs", "pairs_per_step", "beta", "lr", "micro_batch_size", "tokens_per_micro_batch",
+    for flag in ("pairs_per_step", "beta", "lr", "micro_batch_size", "tokens_per_micro_batch",
                  "log_every", "generate_batch_size", "eval_pairs", "max_new_tokens", "temperature",
                  "keep"):
         if not getattr(args, flag) > 0:
@@ -417,7 +420,8 @@ def main(args: Args):
             fail(f"--reference-dir: {path} cannot be written: {error.strerror}")
         return logprobs
 
-    ref_logprobs, eval_ref_logprobs = reference_logprobs(pairs), reference_logprobs(eval_pairs)
+    ref_logprobs = reference_logprobs(pairs if args.epochs else pairs[:1])
+    eval_ref_logprobs = reference_logprobs(eval_pairs)
 
     def losses(some_pairs: list[tuple], ref: torch.Tensor):
         """The loss of each pair, and what is to be known of it, (B,) each."""
@@ -445,16 +449,19 @@ def main(args: Args):
               f"{size / 2**20:10.1f} MiB  weights"
               + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
     # carried by a run that goes on
-    state = {"step": 0, "rows": len(pairs), "first_texts": [], "first_scores": []}
+    state = {"step": 0, "rows": len(pairs), "first": {}}
     trained = {"policy": (policy, optimizer, schedule)}
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
     if args.resume:
         state = load_state(run_dir, args, trained, state)
+    curves = open_curves(run_dir, args, state["step"])
 
     def append(name: str, row: dict):
         if rank() == 0:
             with open(run_dir / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            if curves and name == "metrics.jsonl":
+                draw(curves, row)
 
     @torch.no_grad()
     def logprobs_of(model, *rollout):
@@ -492,24 +499,27 @@ def main(args: Args):
             logprobs = logprobs_of(policy, *rollout)
             with as_reference(reference, adapter, device):
                 kl = kl_estimate(logprobs, logprobs_of(reference, *rollout)).sum(1)  # (B,)
-            metrics |= {"eval_kl": kl.mean(), "eval_length": mask.sum(1).float().mean()}
+            lengths = mask.sum(1)  # (B,)
+            metrics |= {"eval_kl": kl.mean(), "eval_length": lengths.float().mean()}
             if gold:
                 scores["gold"] = gold(sample_rows, texts)  # (B,)
-                if not state["first_texts"]:
-                    state["first_scores"] = scores["gold"].tolist()
-                # (B,) nan where one of the two is left out
-                ahead = scores["gold"] - torch.tensor(state["first_scores"], device=device)
-                wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
-                metrics |= {"eval_gold": scores["gold"].nanmean(), "eval_win_rate": wins.mean()}
-            state["first_texts"] = state["first_texts"] or texts
+                metrics["eval_gold"] = scores["gold"].nanmean()
+            first = state["first"]  # of the policy before it learns, which is the reference
+            if not first:
+                first |= {"texts": texts, "lengths": lengths.tolist(),
+                          "scores": {k: v.tolist() for k, v in scores.items()}}
+            if gold:
+                wins = win_rates(scores["gold"] - torch.tensor(first["scores"]["gold"], device=device),
+                                 lengths - torch.tensor(first["lengths"], device=device))
+                metrics |= {f"eval_{k}": v for k, v in wins.items()}
         metrics = {k: v if k == "step" else round(float(v), 4) for k, v in metrics.items()}
         metrics = {k: v for k, v in metrics.items() if v == v}  # JSON has no nan: of no row at all
         append("metrics.jsonl", metrics)
-        tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
+        tqdm.write(eval_line(metrics))
         for i, (row, text) in enumerate(zip(sample_rows, texts) if args.eval_prompts else ()):
             values = {k: round(v[i].item(), 4) for k, v in scores.items()}
             append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
-                                     "reference": state["first_texts"][i],
+                                     "reference": first["texts"][i],
                                      **{k: v for k, v in values.items() if v == v}})
             if i < 4:
                 asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
@@ -577,6 +587,8 @@ def main(args: Args):
             break
         if args.save_every and step % args.save_every == 0 and step < steps:
             save(f"checkpoint-{step}")
+    if steps == 0:
+        return print(f"nothing was trained; the evaluation is in {run_dir}")
     save("checkpoint")
     if stop:
         print(f"stopped by Ctrl-C after step {step}; to go on: {Path(__file__).name} --resume {run_dir}")

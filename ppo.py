@@ -46,11 +46,13 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 from common import (add_lora, anywhere, as_reference, checkpoint_gradients, clip_gradients,
                     command_line, completion_logprobs, completion_outputs, context_of,
-                    encode_prompts, enough, fail, freeze, gather, join_processes, kl_estimate,
+                    credit_line, distinct_ngrams, draw, encode_prompts, enough, eval_line,
+                    fail, freeze, gather, join_processes, kl_estimate, length_correlation,
                     load_model, load_reward, load_state, load_tokenizer, masked_mean,
-                    masked_whiten, micro_batches, not_finite, open_run, pad, past, rank, ranks,
-                    read_prompts, remove_old, save_model, save_state, shard, share, total, trim,
-                    unsharded, wants_bf16, whole_folder)
+                    masked_whiten, micro_batches, not_finite, open_curves, open_run, pad,
+                    pass_rates, past, rank, ranks, read_prompts, remove_old, save_model,
+                    save_state, shard, share, total, trim, unsharded, wants_bf16, whole_folder,
+                    win_rates)
 
 
 # --- arguments
@@ -58,7 +60,9 @@ from common import (add_lora, anywhere, as_reference, checkpoint_gradients, clip
 @dataclass
 class Args:
     model: str = "tiny/policy"
-    """the policy to start from, and the reference: a causal LM's folder or hub id"""
+    """the policy to start from: a causal LM's folder or hub id"""
+    reference: str = ""
+    """what the KL is measured from and wins are counted against, likewise (empty: --model)"""
     reward: str = "tiny/reward_model"
     """a one-label reward model's folder or hub id, or file.py:function"""
     gold: str = ""
@@ -79,7 +83,7 @@ class Args:
     seed: int = 0
 
     steps: int = 40
-    """rollouts to train for (real models: 200 to 2000)"""
+    """rollouts to train for (real models: 200 to 2000; 0: evaluate --model, and save nothing of it)"""
     prompts_per_step: int = 16
     """prompts a rollout (128 to 512)"""
     group_size: int = 16
@@ -103,7 +107,10 @@ class Args:
     """seconds that a reward function may take for a rollout (0: any)"""
 
     beta: float = 0.04
-    """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded)"""
+    """weight of the KL, in reward per nat (0.001 to 0.1; 0: no reference model is loaded, unless
+    --reference or --stop-kl asks for one)"""
+    stop_kl: float = 0.0
+    """end the run after the step whose KL is beyond this many nats a completion (5 to 50; 0: never)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """after the warm-up, for the rest of the updates"""
     warmup: int = 0
@@ -141,7 +148,14 @@ class Args:
     """steps between evaluations; there is one before the first step and one after the last (0:
     none)"""
     eval_prompts: int = 300
-    """held-out prompts, one completion each"""
+    """held-out prompts"""
+    eval_samples: int = 1
+    """completions of each of them (for pass@k, of rewards that are all 0 or 1: 4 to 64)"""
+    show_credit: bool = False
+    """print the best and the worst completion of a prompt, each token with its advantage, beside the
+    printed lines"""
+    tensorboard: bool = False
+    """curves in RUN/tensorboard, too"""
 
     # --- arguments of the algorithm
     lr: float = 3e-4
@@ -328,17 +342,19 @@ def main(args: Args):
     state = {"beta": args.beta}  # carried from step to step
 
     # --- setup
-    for flag in ("steps", "lora_rank", "eval_every", "save_every", "warmup", "beta",
+    for flag in ("steps", "lora_rank", "eval_every", "save_every", "warmup", "beta", "stop_kl",
                  "max_prompt_tokens", "reward_timeout"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
     for flag in ("prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "epochs",
                  "minibatches", "micro_batch_size", "tokens_per_micro_batch", "generate_batch_size",
-                 "log_every", "eval_prompts", "keep"):
+                 "log_every", "eval_prompts", "eval_samples", "keep"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
     if not 0 < args.top_p <= 1:
         fail("--top-p: must be more than 0 and at most 1")
+    if args.steps == args.eval_every == 0:
+        fail("--steps 0: only evaluates, and --eval-every 0 forbids that: leave it out")
     if args.minibatches > args.prompts_per_step * args.group_size:
         fail("--minibatches: more than there are completions in a rollout")
     if args.top_p < 1:
@@ -387,11 +403,14 @@ def main(args: Args):
     adapter = add_lora(policy, args.lora_rank, bf16) if args.lora_rank else None
     shard(policy)
     reference = None
-    if args.beta > 0 and args.lora_rank:
+    if adapter and not args.reference and (args.beta > 0 or args.stop_kl > 0):
         reference = policy  # without its adapter; see common.as_reference
-    elif args.beta > 0:
-        reference, _ = load_model(AutoModelForCausalLM, args.model,
-                                  "cpu" if args.offload_reference else device)
+    elif args.beta > 0 or args.stop_kl > 0 or args.reference:
+        name = args.reference or args.model
+        reference, missing = load_model(AutoModelForCausalLM, name,
+                                        "cpu" if args.offload_reference else device)
+        if missing or load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+            fail(f"--reference {name}: no causal LM, or with another tokenizer than the policy's")
         freeze(reference, bf16)
         shard(reference)
     micro = args.micro_batch_size, args.tokens_per_micro_batch
@@ -405,7 +424,7 @@ def main(args: Args):
     schedule = get_scheduler(
         "constant_with_warmup" if args.lr_schedule == "constant" else args.lr_schedule, optimizer,
         num_warmup_steps=args.warmup, num_training_steps=updates_in_all)
-    models = {"policy": policy, "reference": None if adapter else reference,
+    models = {"policy": policy, "reference": None if reference is policy else reference,
               "reward": getattr(reward, "model", None)}
     trained = {"policy": (policy, optimizer, schedule)}
 
@@ -440,10 +459,11 @@ def main(args: Args):
                   f"{size / 2**20:10.1f} MiB  weights"
                   + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
     # carried by all scripts, and by a run that goes on; order: of the prompts still to come
-    state |= {"step": 0, "rows": len(prompts), "order": [], "first_texts": [], "first_scores": []}
+    state |= {"step": 0, "rows": len(prompts), "order": [], "first": {}}
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
     if args.resume:
         state = load_state(run_dir, args, trained, state, generator)
+    curves = open_curves(run_dir, args, state["step"])
 
     def progress(parts: list, name: str):
         """A bar within a step that takes seconds."""
@@ -453,8 +473,10 @@ def main(args: Args):
         if rank() == 0:
             with open(run_dir / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            if curves and name == "metrics.jsonl":
+                draw(curves, row)
 
-    def sample(some_prompts: list[list[int]], group_size: int, generator):
+    def sample(some_prompts: list[list[int]], group_size: int, generator, model=policy):
         """Completions of some prompts: prompt_ids, prompt_mask (B, P), completion_ids, mask
         (B, T), truncated (B,), and the B texts."""
         prompt_ids, prompt_mask = pad(some_prompts, pad_id, "left", device)
@@ -462,8 +484,8 @@ def main(args: Args):
         calls = math.ceil(len(some_prompts) / ranks() / at_once)  # in every process as many
         prompts_at_once = list(zip(*(share(t).tensor_split(calls) for t in (prompt_ids, prompt_mask))))
         # one context for all tokens: the weights are cast, and gathered, once
-        with autocast, unsharded(policy, args.gather_to_sample):
-            parts = [generate(policy, ids, m, args, group_size, ends, pad_id, generator)
+        with autocast, unsharded(model, args.gather_to_sample):
+            parts = [generate(model, ids, m, args, group_size, ends, pad_id, generator)
                      for ids, m in progress(prompts_at_once, "generate")]
         mask = gather(torch.cat([m for _, m in parts]))
         lengths = mask.sum(1)  # (B,)
@@ -487,36 +509,50 @@ def main(args: Args):
         return total(logprobs), total(entropy)
 
     def evaluate(step: int):
-        """One completion of each held-out prompt, always with the same seed."""
-        *ids, mask, truncated, texts = sample(
-            eval_prompts, 1, torch.Generator(device).manual_seed(seed_of_samples))
-        scores = {"reward": reward(eval_data, texts)}  # (B,) each
-        if gold:
-            scores["gold"] = gold(eval_data, texts)
+        """Completions of each held-out prompt, always with the same seed."""
+        rows = [row for row in eval_data for _ in range(args.eval_samples)]
+
+        def sample_and_score(model):
+            eval_generator = torch.Generator(device).manual_seed(seed_of_samples)
+            *ids, truncated, texts = sample(eval_prompts, args.eval_samples, eval_generator, model)
+            scores = {"reward": reward(rows, texts)} | ({"gold": gold(rows, texts)} if gold else {})
+            return ids, truncated, texts, scores  # (B, P) x 2 and (B, T) x 2, (B,), B, (B,) each
+
+        ids, truncated, texts, scores = sample_and_score(policy)
+        lengths = ids[-1].sum(1)  # (B,)
+        first = state["first"]  # of the reference, or of the policy before it learns: they are one
+        if not first:
+            of = ids, truncated, texts, scores
+            if args.reference:
+                with as_reference(reference, None, device):
+                    of = sample_and_score(reference)
+            first |= {"texts": of[2], "lengths": of[0][-1].sum(1).tolist(),
+                      "scores": {k: v.tolist() for k, v in of[3].items()}}
+        first_scores = {k: torch.tensor(v, device=device) for k, v in first["scores"].items()}
+        judge = "gold" if gold else "reward"  # of who wins
+        wins = win_rates(scores[judge] - first_scores[judge],
+                         lengths - torch.tensor(first["lengths"], device=device), args.eval_samples)
+        passes = pass_rates(scores["reward"], args.eval_samples)
         if reference is not None:
-            logprobs, _ = logprobs_of(policy, *ids, mask)
+            logprobs, _ = logprobs_of(policy, *ids)
             with as_reference(reference, adapter, device):
-                ref_logprobs, _ = logprobs_of(reference, *ids, mask)
+                ref_logprobs, _ = logprobs_of(reference, *ids)
             scores["kl"] = kl_estimate(logprobs, ref_logprobs).sum(1)
-        judge = scores["gold" if gold else "reward"]
-        if not state["first_texts"]:  # the reference's completions, and what judges a win
-            state.update(first_texts=texts, first_scores=judge.tolist())
-        # (B,) nan where one of the two is left out
-        ahead = judge - torch.tensor(state["first_scores"], device=device)
-        wins = torch.where(ahead == 0, 0.5, (ahead > 0).float())[~ahead.isnan()]
-        metrics = {"step": step} | {f"eval_{k}": round(v.nanmean().item(), 4) for k, v in scores.items()}
-        metrics |= {"eval_length": round(mask.sum(1).float().mean().item(), 2),
-                    "eval_win_rate": round(wins.mean().item(), 4)}
+        metrics = {k: v.nanmean().item() for k, v in scores.items()}
+        metrics |= {"length": lengths.float().mean().item(),
+                    "truncated": truncated.float().mean().item(),
+                    "reference_reward": first_scores["reward"].nanmean().item(), **passes, **wins}
+        metrics = {"step": step} | {f"eval_{k}": round(v, 4) for k, v in metrics.items()}
         metrics = {k: v for k, v in metrics.items() if v == v}  # JSON has no nan: of no row at all
         append("metrics.jsonl", metrics)
-        tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
-        for i, (row, text) in enumerate(zip(eval_data, texts)):
+        tqdm.write(eval_line(metrics))
+        for i, (row, text) in enumerate(zip(rows, texts)):
             values = {k: round(v[i].item(), 4) for k, v in scores.items()}
             append("samples.jsonl", {"step": step, "prompt": row["prompt"], "completion": text,
-                                     "reference": state["first_texts"][i],
+                                     "reference": first["texts"][i],
                                      "truncated": bool(truncated[i]),
                                      **{k: v for k, v in values.items() if v == v}})
-            if i < 4:
+            if i % args.eval_samples == 0 and i < 4 * args.eval_samples:
                 asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
                 tqdm.write(f"      {values['reward']:6.2f}  {shorten(asked, 40)} -> {shorten(text, 80)}")
 
@@ -676,6 +712,8 @@ def main(args: Args):
             "kl": kl_estimate(old_logprobs, ref_logprobs).sum(1).mean(),
             "entropy": masked_mean(entropy, mask),
             "length": mask.sum(1).float().mean(), "truncated": truncated.float().mean(),
+            "length_correlation": length_correlation(scores, mask.sum(1), args.group_size),
+            "distinct_3": distinct_ngrams(completion_ids, mask),
             "loss": sum(losses) / updates, "grad_norm": sum(grad_norms) / updates,
             "lr": schedule.get_last_lr()[0], "seconds": seconds,
             "tokens_per_second": mask.sum() / seconds, "left_out": scores.isnan().float().mean(),
@@ -688,13 +726,26 @@ def main(args: Args):
         bar.set_postfix(shown)
         if step % args.log_every == 0:
             tqdm.write(f"step {step:4}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
-        if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
+            if args.show_credit:
+                per_token = advantages.view(len(mask), -1).expand_as(mask)  # (B, T)
+                group = scores[:args.group_size].nan_to_num(0.0)  # of the first prompt
+                for name, i in (("best", group.argmax()), ("worst", group.argmin())):
+                    n = mask[i].sum()
+                    tqdm.write(f"{name:5} {group[i]:6.2f}  "
+                               + credit_line(tokenizer, completion_ids[i, :n], per_token[i, :n]))
+        too_far = args.stop_kl > 0 and metrics["kl"] > args.stop_kl
+        if args.eval_every and (step % args.eval_every == 0 or step == args.steps or too_far):
             evaluate(step)
         state["step"], stop = step, total(interrupted) > 0  # in any process
+        if too_far:
+            print(f"stopped by --stop-kl {args.stop_kl:g}: step {step} has a KL of {metrics['kl']:g}")
+            break
         if stop:
             break
         if args.save_every and step % args.save_every == 0 and step < args.steps:
             save(f"checkpoint-{step}")
+    if args.steps == 0:
+        return print(f"nothing was trained; the evaluation is in {run_dir}")
     save("checkpoint")
     if stop:
         print(f"stopped by Ctrl-C after step {step}; to go on: {Path(__file__).name} --resume {run_dir}")

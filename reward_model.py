@@ -37,10 +37,11 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           logging)
 
 from common import (add_lora, checkpoint_gradients, clip_gradients, command_line, context_of,
-                    encode, encode_prompts, enough, fail, join_processes, load_model, load_state,
-                    load_tokenizer, micro_batches, not_finite, open_run, pad, rank, ranks,
-                    read_pairs, remove_old, render, save_model, save_state, score_ids,
-                    score_texts, shard, total, wants_bf16, whole_folder)
+                    draw, encode, encode_prompts, enough, eval_line, fail, join_processes,
+                    load_model, load_state, load_tokenizer, micro_batches, not_finite,
+                    open_curves, open_run, pad, rank, ranks, read_pairs, remove_old, render,
+                    save_model, save_state, score_ids, score_texts, shard, total, wants_bf16,
+                    whole_folder)
 
 
 # --- arguments
@@ -70,7 +71,8 @@ class Args:
     seed: int = 0
 
     epochs: int = 1
-    """passes over the pairs (1 to 2: reward models overfit soon)"""
+    """passes over the pairs (1 to 2: reward models overfit soon; 0: evaluate --model, and save nothing
+    of it)"""
     pairs_per_step: int = 32
     """pairs an update (32 to 256)"""
     max_tokens: int = 0
@@ -111,6 +113,10 @@ class Args:
     last"""
     eval_pairs: int = 600
     """held-out pairs, where --eval-data names none"""
+    eval_by: str = ""
+    """a column of the held-out pairs by whose values accuracy is told apart (tiny world: kind)"""
+    tensorboard: bool = False
+    """curves in RUN/tensorboard, too"""
 
     # the algorithm's own
     centering: float = 0.0
@@ -162,11 +168,11 @@ def correlation(a, b) -> float:
 
 def main(args: Args):
     # --- setup
-    for flag in ("centering", "lora_rank", "warmup", "eval_every", "save_every", "bias_prompts",
-                 "max_tokens"):
+    for flag in ("epochs", "centering", "lora_rank", "warmup", "eval_every", "save_every",
+                 "bias_prompts", "max_tokens"):
         if getattr(args, flag) < 0:
             fail(f"--{flag.replace('_', '-')}: must not be negative")
-    for flag in ("epochs", "pairs_per_step", "lr", "micro_batch_size", "tokens_per_micro_batch",
+    for flag in ("pairs_per_step", "lr", "micro_batch_size", "tokens_per_micro_batch",
                  "log_every", "eval_pairs", "max_new_tokens", "keep"):
         if not getattr(args, flag) > 0:
             fail(f"--{flag.replace('_', '-')}: must be more than 0")
@@ -190,6 +196,9 @@ def main(args: Args):
         if not data:
             fail(f"{args.data}: {len(eval_data)} rows, which --eval-pairs {args.eval_pairs} holds "
                  "out: lower it, or name --eval-data")
+    args.eval_by = args.eval_by or ("kind" if args.data == Args.data and not args.eval_data else "")
+    if args.eval_by and not any(args.eval_by in row for row in eval_data):
+        fail(f"--eval-by {args.eval_by}: no held-out pair has that column")
     tokenizer = load_tokenizer(args.model)
     model, missing = load_model(AutoModelForSequenceClassification, args.model, device, num_labels=1)
     bf16 = wants_bf16(args.dtype, model)
@@ -205,7 +214,7 @@ def main(args: Args):
     longest = min(args.max_tokens or context_of(model), context_of(model))
 
     def tokenize(rows: list[dict], path: str) -> list[tuple]:
-        """(chosen ids, rejected ids, margin, prompt's length) of each pair."""
+        """(chosen ids, rejected ids, margin, prompt's length, --eval-by) of each pair."""
         texts = [[render(tokenizer, row["prompt"], row[side]) for row in rows]
                  for side in ("chosen", "rejected")]
         prompt_lengths = map(len, encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows]))
@@ -221,7 +230,7 @@ def main(args: Args):
             margin = row.get(args.margin_column) if args.margin_column else 0.0
             if not isinstance(margin, (int, float)):
                 fail(f"{path}: a row has no number in the column {args.margin_column!r}")
-            pairs.append((*sides, float(margin), P - lost))
+            pairs.append((*sides, float(margin), P - lost, row.get(args.eval_by)))
         if equal or cut:
             print(f"{path}: of {len(rows)} pairs, {cut} cut to {longest} tokens at the beginning, "
                   f"{equal} left out: their answers are equal")
@@ -267,11 +276,14 @@ def main(args: Args):
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
     if args.resume:
         state = load_state(run_dir, args, trained, state)
+    curves = open_curves(run_dir, args, state["step"])
 
     def append(name: str, row: dict):
         if rank() == 0:
             with open(run_dir / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            if curves and name == "metrics.jsonl":
+                draw(curves, row)
 
     def micro(some_pairs: list[tuple]) -> list[torch.Tensor]:
         """Pairs of alike length in micro-batches; both answers of a pair go through the model
@@ -294,17 +306,26 @@ def main(args: Args):
                 chosen[rows], rejected[rows] = score_pairs([eval_pairs[i] for i in rows])
         chosen, rejected = total(chosen), total(rejected)
         answers = [[len(pair[side]) - pair[3] for pair in eval_pairs] for side in (0, 1)]
+        right = (chosen > rejected).float() + 0.5 * (chosen == rejected)  # (B,)
+        longer = torch.tensor(answers[0]).to(chosen) - torch.tensor(answers[1]).to(chosen)  # (B,)
         metrics = {
             "step": step, "eval_loss": pair_loss(chosen, rejected).mean(),
-            "eval_accuracy": ((chosen > rejected).float() + 0.5 * (chosen == rejected)).mean(),
+            "eval_accuracy": right.mean(),
+            # where length and the label agree, and where they do not
+            "eval_accuracy_longer": right[longer > 0].mean(),
+            "eval_accuracy_shorter": right[longer < 0].mean(),
             "eval_ece": calibration_error((chosen - rejected).sigmoid()),
             "eval_length_correlation": correlation(
                 torch.cat([chosen, rejected]), torch.tensor(answers[0] + answers[1]).to(chosen)),
             "eval_reward": torch.cat([chosen, rejected]).mean(),
             "eval_reward_std": torch.cat([chosen, rejected]).std()}
+        for value in sorted({str(pair[4]) for pair in eval_pairs}) if args.eval_by else ():
+            rows = [i for i, pair in enumerate(eval_pairs) if str(pair[4]) == value]
+            metrics[f"eval_accuracy_{value}"] = right[rows].mean()
         metrics = {k: v if k == "step" else round(float(v), 4) for k, v in metrics.items()}
+        metrics = {k: v for k, v in metrics.items() if v == v}  # JSON has no nan: of no pair at all
         append("metrics.jsonl", metrics)
-        tqdm.write("eval  " + "  ".join(f"{k.removeprefix('eval_')} {v:g}" for k, v in metrics.items()))
+        tqdm.write(eval_line(metrics))
 
     def set_bias():
         """The scale's zero: the mean score of the reference's own completions."""
@@ -392,6 +413,8 @@ def main(args: Args):
             break
         if args.save_every and step % args.save_every == 0 and step < steps:
             save(f"checkpoint-{step}")
+    if steps == 0:
+        return print(f"nothing was trained; the evaluation is in {run_dir}")
     save("checkpoint")
     if stop:
         print(f"stopped by Ctrl-C after step {step}; to go on: {Path(__file__).name} --resume {run_dir}")

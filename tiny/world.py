@@ -362,6 +362,8 @@ def make_data(seed: int) -> dict[str, list[dict]]:
             chosen, rejected = (a, b) if first else (b, a)
             labelled[name].append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected,
                                    "margin": round(value(row, chosen) - value(row, rejected), 4)})
+            if len(labelled[name]) > 9_000:  # the held-out ones are looked at by kind of question
+                labelled[name][-1] |= {"kind": row["kind"], "family": row["family"]}
     return {"prompts": draw_unlike(train, 3_000), "heldout": draw_unlike(held, 300), "sft": sft, **labelled}
 
 

@@ -1,0 +1,45 @@
+"""Runs of the scripts, several at a time, for the benchmarks that need many: each worker is one process of one
+thread, which imports torch once and calls a script's `main` for run after run."""
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_one(job: tuple):
+    """job: (script, its flags as a dict, with run_dir). Returns the job, its seconds of computing, and the
+    worker's peak memory in MiB."""
+    import torch
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
+    script = importlib.import_module(job[0])
+    start = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            script.main(script.Args(**job[1]))
+        except SystemExit as error:
+            raise RuntimeError(f"{job}: {said.getvalue()}") from error
+    return job, time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_all(jobs: list[tuple], workers: int = 2, fresh: bool = False):
+    """Yields what run_one returns, as runs end. fresh: a new process for each, so that memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1 if fresh else None) as pool:
+        for done, found in enumerate(pool.imap_unordered(run_one, jobs), 1):
+            print(f"{done}/{len(jobs)}  {Path(found[0][1]['run_dir']).name}  {found[1]:.0f} s", flush=True)
+            yield found
+
+
+def read_jsonl(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path, rows: list[dict]):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
