@@ -8,6 +8,7 @@ and bullet points; best-of-n beside them; and how often each kind of hacking is 
 Writes beside itself hacking.jsonl (a row for each evaluation of each run), hacking.png and hacking_kinds.png.
 pip install '.[plot]'
 """
+import math
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from transformers import logging
 
 from many import ROOT, read_jsonl, run_all, write_jsonl
 
@@ -28,6 +30,11 @@ ONLINE = {"reward": "tiny/biased_reward_model", "steps": 18, "prompts_per_step":
           "stop_kl": 1e9}  # never reached: it has the reference loaded, and so the KL measured, at beta 0
 DPO = {"sample_data": "tiny/heldout.jsonl", "gold": "tiny/world.py:gold_reward", "eval_pairs": 100,
        "eval_prompts": 64, "eval_every": 9, "max_new_tokens": 32, "save_every": 0}  # 2,000 pairs: 63 updates
+ALGORITHMS = "ppo", "grpo", "reinforce", "dpo"
+KINDS = {"words": "verbosity: words an answer", "sycophantic": "sycophancy: yields to a false claim",
+         "bullets": "format gaming: has bullet points"}
+DIAGNOSTICS = "reward", "kl", "length", "length_correlation", "entropy", "truncated", "distinct_3"
+GOLD_FELL = 0.3  # three standard errors of the mean over the prompts of an evaluation
 SAMPLES = 128  # of each prompt, for best-of-n
 
 
@@ -118,7 +125,7 @@ def measure(args: Args) -> list[dict]:
         jobs = []
         for seed in range(args.seeds):
             for beta in BETAS:
-                for script in ("ppo", "grpo", "reinforce", "dpo"):
+                for script in ALGORITHMS:
                     name = f"{script}-{beta:g}-{seed}"
                     flags = {"seed": seed, "beta": beta, "run_dir": f"{folder}/{name}"}
                     if script == "dpo" and beta > 0:  # at 0 its loss is flat: it has no such policy
@@ -130,14 +137,88 @@ def measure(args: Args) -> list[dict]:
     return found + best_of_n(reward, gold)
 
 
+def curves_of(rows: list[dict], algorithm: str, beta: float) -> list[list[dict]]:
+    """The evaluations of each seed's run, in order."""
+    found = {}
+    for row in rows:
+        if row["algorithm"] == algorithm and row["beta"] == beta:
+            found.setdefault(row["seed"], []).append(row)
+    return list(found.values())
+
+
 def draw(rows: list[dict]):
-    pass
+    """hacking.png: a column for each algorithm, one line a run, a colour a beta; hacking_kinds.png."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from plot import COLORS, GRAY, STYLE
+    best = [row for row in rows if row["algorithm"] == "best of n"]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        panels = figure.subplots(2, 4, sharex="col", sharey="row")
+        for column, algorithm in zip(panels.T, ALGORITHMS):
+            for axes, reward in zip(column, ("gold", "proxy")):
+                for beta, color in zip(BETAS, COLORS):
+                    for run in curves_of(rows, algorithm, beta):
+                        axes.plot([max(0, row["kl"]) ** 0.5 for row in run], [row[reward] for row in run], color=color,
+                                  lw=1.3, alpha=0.85)
+                axes.plot([row["kl"] ** 0.5 for row in best], [row[reward] for row in best], color=GRAY, lw=2.2, ls="--")
+            column[0].set_title(f"{algorithm}.py")
+        panels[0, 0].set_ylabel("gold reward")
+        panels[1, 0].set_ylabel("learned reward")
+        figure.supxlabel("square root of the KL from the reference (nats a completion)", fontsize="medium")
+        keys = [axes.plot([], [], color=color, lw=2)[0] for color in COLORS[:len(BETAS)]]
+        keys += axes.plot([], [], color=GRAY, lw=2.2, ls="--")
+        figure.legend(keys, [f"beta {beta:g}" for beta in BETAS] + ["best of n"], loc="outside upper center", ncols=6)
+        figure.savefig(HERE / "hacking.png")
+
+        figure = Figure(figsize=(11, 5.2), layout="constrained")
+        panels = figure.subplots(2, 3, sharex=True, sharey="col")
+        for line, beta in zip(panels, (0.01, 0.3)):
+            for axes, (kind, title) in zip(line, KINDS.items()):
+                for algorithm, color in zip(ALGORITHMS, COLORS):
+                    runs = curves_of(rows, algorithm, beta)
+                    share = [100 * row["step"] / runs[0][-1]["step"] for row in runs[0]]
+                    seeds = list(zip(*([row[kind] for row in run] for run in runs)))  # (evaluations, seeds)
+                    axes.fill_between(share, *zip(*((min(s), max(s)) for s in seeds)), color=color, alpha=0.2, lw=0)
+                    axes.plot(share, [statistics.fmean(s) for s in seeds], color=color, lw=2, label=f"{algorithm}.py")
+                axes.set_title(f"{title}, beta {beta:g}", fontsize="medium")
+        figure.supxlabel("% of training", fontsize="medium")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        figure.savefig(HERE / "hacking_kinds.png")
+
+
+# --- which diagnostic moves first
+
+def first_moves(rows: list[dict]) -> list[dict]:
+    """For each beta, and each on-policy algorithm: at which step of training, the median over seeds, a diagnostic
+    had left the range it had at step 1 over all runs (mean and three standard deviations) for two steps on end; and
+    at which evaluation gold was below its start by more than three standard errors."""
+    found = []
+    starts = [row["log"][0] for row in rows if "log" in row]
+    usual = {k: (statistics.fmean(s[k] for s in starts), statistics.stdev(s[k] for s in starts)) for k in DIAGNOSTICS}
+    for algorithm in ALGORITHMS[:3]:
+        for beta in BETAS:
+            moves = {k: [] for k in (*DIAGNOSTICS, "gold")}
+            for run in curves_of(rows, algorithm, beta):
+                log = run[-1]["log"]
+                for k, (mean_at_1, spread) in usual.items():
+                    out = [abs(row[k] - mean_at_1) > 3 * max(spread, 1e-3) for row in log]
+                    moves[k].append(next((row["step"] for row, a, b in zip(log, out, out[1:]) if a and b), math.inf))
+                moves["gold"].append(next((row["step"] for row in run if row["gold"] < run[0]["gold"] - GOLD_FELL),
+                                          math.inf))
+            found.append({"algorithm": algorithm, "beta": beta} | {k: statistics.median(v) for k, v in moves.items()})
+    return found
 
 
 def main(args: Args):
     if not args.draw:
+        logging.disable_progress_bar()
         write_jsonl(HERE / "hacking.jsonl", measure(args))
-    draw(read_jsonl(HERE / "hacking.jsonl"))
+    rows = read_jsonl(HERE / "hacking.jsonl")
+    draw(rows)
+    print("the step by which a metric had moved, and gold had fallen (inf: never)")
+    for row in first_moves(rows):
+        print("  ".join(f"{k} {v:g}" if not isinstance(v, str) else f"{v:9}" for k, v in row.items()))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""The table of algorithms, measured: five seeds of each script with its own defaults, evaluated ten times on the way;
+and the noise of the first gradient.
+
+    python benchmarks/algorithms.py                 on two cores
+    python benchmarks/algorithms.py --table         the table again, from algorithms.jsonl
+
+Gold is the true reward of 300 held-out prompts, 1 the best possible. Seconds are those of training on one core, without
+evaluation, as ratios to GRPO's. Memory is the process's peak. Noise of the gradient: the variance of the first update's
+gradient over seeds (the sum over parameters), over the squared length of its mean, where both are estimated from
+GRADIENTS seeds; it is that of a whole rollout of 256 completions, or of 32 pairs. Writes algorithms.jsonl beside itself.
+"""
+import math
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from many import ROOT, read_jsonl, run_all, write_jsonl
+
+sys.path[:0] = [str(ROOT)]
+HERE = Path(__file__).parent
+ONLINE = "grpo", "ppo", "reinforce"
+GOLD, GRADIENTS = 0.85, 8
+
+
+@dataclass
+class Args:
+    table: bool = False
+    """only the table, from algorithms.jsonl"""
+    seeds: int = 5
+
+
+def facts_of(job: tuple, memory: float) -> dict:
+    """What a run came to."""
+    script, flags = job
+    metrics = read_jsonl(Path(flags["run_dir"]) / "metrics.jsonl")
+    steps = [row for row in metrics if "loss" in row]
+    evaluations = [row for row in metrics if "eval_gold" in row or "eval_accuracy" in row]
+    found = {"script": script, "seed": flags["seed"], "seconds": sum(row["seconds"] for row in steps), "memory": memory,
+             "first": evaluations[0].get("eval_gold", evaluations[0].get("eval_accuracy")),
+             "last": evaluations[-1].get("eval_gold", evaluations[-1].get("eval_accuracy"))}
+    reached = next((row["step"] for row in evaluations if row.get("eval_gold", 0) >= GOLD), None)
+    if reached:  # completions, or pairs
+        found |= {"to_gold_seconds": sum(row["seconds"] for row in steps if row["step"] <= reached),
+                  "to_gold_rows": reached * (256 if script in ONLINE else 32)}
+    return found
+
+
+def first_gradient(script_name: str, seed: int, folder: str) -> torch.Tensor:
+    """The gradient of the first update, as one vector: taken where the script would clip it."""
+    import importlib
+    script, seen = importlib.import_module(script_name), []
+
+    class Enough(Exception):
+        pass
+
+    def clip(model, most):
+        seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        raise Enough
+    flags = {"seed": seed, "run_dir": f"{folder}/{script_name}-gradient-{seed}"}
+    if script_name in ONLINE:
+        flags |= {"steps": 1, "eval_every": 0} | ({"minibatches": 1} if script_name == "ppo" else {})
+    else:
+        flags |= {"data": f"{folder}/pairs.jsonl", "eval_pairs": 8, "eval_prompts": 1, "bias_prompts": 0,
+                  "reference_dir": f"{folder}/reference"}
+        flags = {k: v for k, v in flags.items() if hasattr(script.Args, k)}
+    before, script.clip_gradients = script.clip_gradients, clip
+    try:
+        script.main(script.Args(**flags))
+    except Enough:
+        pass
+    script.clip_gradients = before
+    return seen[0]
+
+
+def noise_of(script: str, folder: str) -> float:
+    gradients = torch.stack([first_gradient(script, seed, folder) for seed in range(GRADIENTS)]).double()
+    variance = gradients.var(0).sum().item()
+    squared_mean = gradients.mean(0).square().sum().item() - variance / GRADIENTS  # without the noise left in it
+    return variance / squared_mean
+
+
+def table(rows: list[dict]):
+    runs = [row for row in rows if "seed" in row]
+    base = statistics.fmean(row["seconds"] for row in runs if row["script"] == "grpo")
+    print("| | gold: mean (least to most) | to 0.85: completions | seconds | in all | MiB | noise |\n|---|---|---|---|---|---|---|")
+    for script in (*ONLINE, "dpo", "reward_model"):
+        own = [row for row in runs if row["script"] == script]
+        last = [row["last"] for row in own]
+        reached = [row for row in own if "to_gold_rows" in row]
+        to_gold = [statistics.median([row.get(k, math.inf) for row in own]) for k in ("to_gold_rows", "to_gold_seconds")]
+        noise = next(row["noise"] for row in rows if row["script"] == script and "noise" in row)
+        print(f"| `{script}.py` | {statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f}) | {to_gold[0]:,.0f} "
+              f"({len(reached)} of {len(own)} got there) | {to_gold[1] / base:.2f} | "
+              f"{statistics.fmean(row['seconds'] for row in own) / base:.2f} | "
+              f"{statistics.fmean(row['memory'] for row in own):.0f} | {noise:.2f} |")
+
+
+def main(args: Args):
+    if not args.table:
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = []
+            for seed in range(args.seeds):
+                for script in ("ppo", "dpo", "reward_model", "reinforce", "grpo"):
+                    every = {"reward_model": 0, "dpo": 28}.get(script, 4)
+                    flags = {"seed": seed, "run_dir": f"{folder}/{script}-{seed}", "save_every": 0, "eval_every": every}
+                    if script == "dpo":
+                        flags["reference_dir"] = f"{folder}/reference-{seed}"  # each makes its own
+                    jobs.append((script, flags))
+            rows = [facts_of(job, memory) for job, _, memory in run_all(jobs, fresh=True)]
+            pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:2000]
+            Path(folder, "pairs.jsonl").write_text("".join(pairs))
+            for script in (*ONLINE, "dpo", "reward_model"):
+                rows.append({"script": script, "noise": noise_of(script, folder)})
+        write_jsonl(HERE / "algorithms.jsonl", rows)
+    table(read_jsonl(HERE / "algorithms.jsonl"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

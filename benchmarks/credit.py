@@ -1,0 +1,185 @@
+"""Which token is to blame, or to thank? One completion with each token's advantage as PPO's critic, GRPO and
+REINFORCE have it, beside the exact credit, and the correlation of each with it.
+
+    python benchmarks/credit.py                 three seeds: about 6 minutes on two cores
+    python benchmarks/credit.py --draw          the picture again, from credit.jsonl
+
+The exact credit of token t is V(with t) - V(before t), where V(beginning of an answer) is the mean score of
+completions of it, drawn from the policy (VinePPO, Kazemnejad et al. 2024, arXiv:2410.01679, eq. 5 and 6), here 128
+of them; after the end it is the score. The policy and critic are those of ppo.py halfway through a default run.
+PPO's advantages are ppo.gae's, GRPO's grpo.group_advantages, REINFORCE's the score less its group's others.
+Writes beside itself credit.jsonl and credit.png. pip install '.[plot]'
+"""
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import logging
+
+from many import ROOT, read_jsonl, run_all, write_jsonl
+
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+HERE = Path(__file__).parent
+PROMPTS, GROUP, RESAMPLES, LONGEST = 16, 8, 128, 48
+NAMES = {"ppo": "PPO, critic", "grpo": "GRPO", "reinforce": "REINFORCE", "exact": "exact credit"}
+
+
+@dataclass
+class Args:
+    draw: bool = False
+    """only the picture, from credit.jsonl"""
+    seeds: int = 3
+
+
+def load_run(run_dir: str):
+    """The policy and the critic of a run of ppo.py, and the tokenizer."""
+    import torch.distributed.checkpoint as dcp
+    from common import load_model, load_tokenizer
+    from ppo import load_critic
+    from transformers import AutoModelForCausalLM
+    policy, _ = load_model(AutoModelForCausalLM, f"{run_dir}/checkpoint", "cpu")
+    critic = load_critic("tiny/reward_model", "cpu")
+    dcp.load({f"critic.{k}": v.detach() for k, v in critic.named_parameters()},
+             checkpoint_id=f"{run_dir}/checkpoint/resume", no_dist=True)
+    return policy.eval(), critic.eval(), load_tokenizer("tiny/policy")
+
+
+@torch.no_grad()
+def credits_of(run_dir: str, seed: int) -> list[dict]:
+    """Some completions of held-out prompts, with the four credits of each token."""
+    import grpo
+    import ppo
+    import reinforce
+    from common import encode_prompts, load_reward, pad
+    policy, critic, tokenizer = load_run(run_dir)
+    reward = load_reward("tiny/reward_model", "cpu", 512)
+    end, empty, generator = tokenizer.eos_token_id, tokenizer.pad_token_id, torch.Generator().manual_seed(seed)
+    held = read_jsonl(ROOT / "tiny/heldout.jsonl")[PROMPTS * seed:PROMPTS * (seed + 1)]
+    _, prompts = encode_prompts(tokenizer, held, "tiny/heldout.jsonl", 1000)
+
+    def sample(beginnings: list[list[int]], number: int, longest: int):
+        parts = []
+        for start in range(0, len(beginnings), 16):
+            ids = pad(beginnings[start:start + 16], empty, "left")
+            parts.append(grpo.generate(policy, *ids, grpo.Args(max_new_tokens=longest), number, [end], empty, generator))
+        return torch.cat([ids for ids, _ in parts]), torch.cat([mask for _, mask in parts])
+
+    def scores_of(rows: list[dict], answers: list[list[int]]):
+        return reward(rows, tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+    completion_ids, mask = sample(prompts, GROUP, LONGEST)
+    longest = int(mask.sum(1).max())
+    completion_ids, mask = completion_ids[:, :longest], mask[:, :longest]  # (B, T) each
+    rows = [row for row in held for _ in range(GROUP)]
+    beginnings = [prompt for prompt in prompts for _ in range(GROUP)]
+    answers = [ids[m.bool()].tolist() for ids, m in zip(completion_ids, mask)]
+    scores = scores_of(rows, answers)  # (B,)
+
+    values = torch.zeros(mask.shape)  # (B, T) of what is written before each token
+    halves = values.clone()  # the same from half of the samples, less that from the others
+    after = torch.zeros(mask.shape)
+    for t in range(mask.shape[1]):
+        alive = [i for i in range(len(rows)) if mask[i, t]]
+        ids, more = sample([beginnings[i] + answers[i][:t] for i in alive], RESAMPLES, LONGEST - t)
+        texts = [answers[i][:t] + x[m.bool()].tolist() for i, x, m in zip(
+            [i for i in alive for _ in range(RESAMPLES)], ids, more)]
+        found = scores_of([rows[i] for i in alive for _ in range(RESAMPLES)], texts).view(-1, RESAMPLES)
+        values[alive, t] = found.mean(1)
+        halves[alive, t] = found[:, ::2].mean(1) - found[:, 1::2].mean(1)
+    last = (mask.sum(1, keepdim=True) - 1)
+    after[:, :-1], noise_after = values[:, 1:], torch.zeros(mask.shape)
+    noise_after[:, :-1] = halves[:, 1:]
+    exact = after.scatter(1, last, scores[:, None]) - values
+    noise = noise_after.scatter(1, last, torch.zeros(len(last), 1)) - halves  # twice the mean's error
+
+    ids = pad(beginnings, empty, "left")
+    critics = ppo.completion_values(critic, *ids, completion_ids, mask)
+    rewards = ppo.token_rewards(scores, torch.zeros(mask.shape), mask, 0.0)
+    by_ppo, _ = ppo.gae(rewards, critics, mask, 1.0, ppo.Args.lam)
+    by_group = grpo.group_advantages(scores, GROUP)
+    by_others = scores - reinforce.baseline_of(scores, GROUP, "loo")
+    return [{"seed": seed, "prompt": rows[i]["prompt"][-1]["content"], "score": scores[i].item(),
+             "tokens": [tokenizer.decode([t]) for t in answers[i]], "ppo": by_ppo[i, :n].tolist(),
+             "grpo": [by_group[i].item()] * n, "reinforce": [by_others[i].item()] * n, "exact": exact[i, :n].tolist(),
+             "noise": (noise[i, :n] / 2).tolist()}
+            for i, n in enumerate(mask.sum(1).tolist())]
+
+
+def correlations(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """Of each credit with the exact one, over all tokens; and within completions, where one number for all tokens has
+    none."""
+    def stack(name, centre):
+        parts = [torch.tensor(row[name], dtype=torch.float64) for row in rows]
+        return torch.cat([part - part.mean() if centre else part for part in parts])
+    found = {}
+    for name in ("ppo", "grpo", "reinforce"):
+        pairs = [(stack(name, centre), stack("exact", centre)) for centre in (False, True)]
+        found[name] = tuple(torch.corrcoef(torch.stack(pair))[0, 1].nan_to_num(0).item() if pair[0].std() > 1e-9 else 0.0
+                            for pair in pairs)
+    exact, noise = stack("exact", False), stack("noise", False)
+    # of two such estimates, were each from half of the samples; from all of them it is higher
+    found["exact"] = torch.corrcoef(torch.stack([exact + noise, exact - noise]))[0, 1].item(), 1.0
+    return found
+
+
+def draw(rows: list[dict]):
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from plot import COLORS, GRAY, STYLE
+    seeds = sorted({row["seed"] for row in rows})
+    each = [correlations([row for row in rows if row["seed"] == seed]) for seed in seeds]
+    # one to look at: of those that fit on a line, the one whose exact credit varies most
+    shown = max((row for row in rows if 7 <= len(row["tokens"]) <= 16), key=lambda r: statistics.pstdev(r["exact"]))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.9), layout="constrained")
+        top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
+        most = max(abs(v) for name in NAMES for v in shown[name])
+        for y, name in enumerate(NAMES):
+            for x, value in enumerate(shown[name]):
+                color = COLORS[3] if value > 0 else COLORS[2]
+                top.fill_between([x, x + 0.96], -y - 0.9, -y, color=color, alpha=0.08 + 0.8 * abs(value) / most, lw=0)
+                top.text(x + 0.48, -y - 0.45, f"{value:+.1f}", ha="center", va="center", fontsize=8)
+        top.set_yticks([-y - 0.45 for y in range(len(NAMES))], NAMES.values())
+        top.set_xticks([x + 0.48 for x in range(len(shown["tokens"]))],
+                       [t.replace("<|end|>", "END").replace("\\n", "NEWLINE") for t in shown["tokens"]])
+        top.set(xlim=(0, len(shown["tokens"])), ylim=(-len(NAMES), 0), title=f"“{shown['prompt']}”  score {shown['score']:.1f}")
+        top.xaxis.tick_top()
+        top.grid(False)
+        top.tick_params(length=0)
+        for spine in ("left", "bottom"):
+            top.spines[spine].set_visible(False)
+        for y, (name, title) in enumerate(list(NAMES.items())[:3]):
+            for offset, (kind, color) in enumerate(zip(("all tokens", "within a completion"), COLORS)):
+                values = [one[name][offset] for one in each]
+                at = -y - 0.2 - 0.35 * offset
+                bottom.barh(at, statistics.fmean(values), 0.3, color=color, label=kind if y == 0 else None)
+                bottom.plot(values, [at] * len(values), "|", color=GRAY, markersize=9)
+        bottom.set_yticks([-y - 0.38 for y in range(3)], list(NAMES.values())[:3])
+        bottom.set_xlabel("correlation with the exact credit (bars: mean, marks: each seed)")
+        bottom.legend(loc="lower right")
+        bottom.axvline(0, color=GRAY, lw=0.8)
+        figure.savefig(HERE / "credit.png")
+    for name in each[0]:
+        print(f"{name:10}  all tokens {' '.join(f'{one[name][0]:.2f}' for one in each)}  "
+              f"within a completion {' '.join(f'{one[name][1]:.2f}' for one in each)}")
+
+
+def main(args: Args):
+    if not args.draw:
+        logging.disable_progress_bar()
+        with tempfile.TemporaryDirectory() as folder:
+            jobs = [("ppo", {"seed": seed, "steps": 20, "eval_every": 0, "save_every": 0, "run_dir": f"{folder}/{seed}"})
+                    for seed in range(args.seeds)]
+            found = [row for job, *_ in run_all(jobs) for row in credits_of(job[1]["run_dir"], job[1]["seed"])]
+        write_jsonl(HERE / "credit.jsonl", [json.loads(json.dumps(row), parse_float=lambda x: round(float(x), 4))
+                                            for row in found])
+    draw(read_jsonl(HERE / "credit.jsonl"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
