@@ -875,11 +875,11 @@ def distinct_ngrams(completion_ids, mask, n: int = 3) -> float:
 
 
 def eval_line(metrics: dict) -> str:
-    """An evaluation's metrics as a line to read."""
-    found = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+    """Of an evaluation's metrics, what one reads first, as a line; all of them are in the log."""
+    found = {k.removeprefix("eval_"): v for k, v in metrics.items() if k not in ("eval_truncated", "eval_reference_reward")}
     ends = {k: f" ({found[k + '_low']:.2f} to {found[k + '_high']:.2f})" for k in found if k + "_low" in found}
-    return "eval  " + "  ".join(f"{k} {v:g}{ends.get(k, '')}" for k, v in found.items()
-                                if not k.endswith(("_low", "_high")))
+    return "eval  " + "  ".join(f"{k} {v if isinstance(v, int) else f'{v:.4g}'}{ends.get(k, '')}"
+                                for k, v in found.items() if not k.endswith(("_low", "_high")))
 
 
 def credit_line(tokenizer, completion_ids, advantages) -> str:

@@ -25,7 +25,7 @@ from many import ROOT, read_jsonl, run_all, write_jsonl
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 HERE = Path(__file__).parent
-PROMPTS, GROUP, RESAMPLES, LONGEST = 16, 8, 128, 48
+PROMPTS, GROUP, RESAMPLES, LONGEST = 10, 8, 128, 48
 NAMES = {"ppo": "PPO, critic", "grpo": "GRPO", "reinforce": "REINFORCE", "exact": "exact credit"}
 
 

@@ -33,8 +33,8 @@ DPO = {"sample_data": "tiny/heldout.jsonl", "gold": "tiny/world.py:gold_reward",
 ALGORITHMS = "ppo", "grpo", "reinforce", "dpo"
 KINDS = {"words": "verbosity: words an answer", "sycophantic": "sycophancy: yields to a false claim",
          "bullets": "format gaming: has bullet points"}
-DIAGNOSTICS = "reward", "kl", "length", "length_correlation", "entropy", "truncated", "distinct_3"
-GOLD_FELL = 0.3  # three standard errors of the mean over the prompts of an evaluation
+DIAGNOSTICS = "length", "length_correlation", "truncated", "distinct_3", "entropy", "reward"
+GOLD_FELL = 0.3  # gold's standard error is 0.1 over an evaluation's prompts, less from one to the next of a run
 SAMPLES = 128  # of each prompt, for best-of-n
 
 
@@ -154,7 +154,7 @@ def draw(rows: list[dict]):
     best = [row for row in rows if row["algorithm"] == "best of n"]
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
-        panels = figure.subplots(2, 4, sharex="col", sharey="row")
+        panels = figure.subplots(2, 4, sharex=True, sharey="row")
         for column, algorithm in zip(panels.T, ALGORITHMS):
             for axes, reward in zip(column, ("gold", "proxy")):
                 for beta, color in zip(BETAS, COLORS):
@@ -191,21 +191,22 @@ def draw(rows: list[dict]):
 
 def first_moves(rows: list[dict]) -> list[dict]:
     """For each beta, and each on-policy algorithm: at which step of training, the median over seeds, a diagnostic
-    had left the range it had at step 1 over all runs (mean and three standard deviations) for two steps on end; and
-    at which evaluation gold was below its start by more than three standard errors."""
+    had left the range it had at step 1 over all runs (mean and three standard deviations) for two steps on end; at
+    which evaluation gold had fallen by GOLD_FELL, and the KL there."""
     found = []
     starts = [row["log"][0] for row in rows if "log" in row]
     usual = {k: (statistics.fmean(s[k] for s in starts), statistics.stdev(s[k] for s in starts)) for k in DIAGNOSTICS}
     for algorithm in ALGORITHMS[:3]:
         for beta in BETAS:
-            moves = {k: [] for k in (*DIAGNOSTICS, "gold")}
+            moves = {k: [] for k in (*DIAGNOSTICS, "gold", "kl_then")}
             for run in curves_of(rows, algorithm, beta):
                 log = run[-1]["log"]
                 for k, (mean_at_1, spread) in usual.items():
                     out = [abs(row[k] - mean_at_1) > 3 * max(spread, 1e-3) for row in log]
                     moves[k].append(next((row["step"] for row, a, b in zip(log, out, out[1:]) if a and b), math.inf))
-                moves["gold"].append(next((row["step"] for row in run if row["gold"] < run[0]["gold"] - GOLD_FELL),
-                                          math.inf))
+                fell = next((row for row in run if row["gold"] < run[0]["gold"] - GOLD_FELL), None)
+                moves["gold"].append(fell["step"] if fell else math.inf)
+                moves["kl_then"].append(fell["kl"] if fell else math.nan)
             found.append({"algorithm": algorithm, "beta": beta} | {k: statistics.median(v) for k, v in moves.items()})
     return found
 
@@ -216,9 +217,11 @@ def main(args: Args):
         write_jsonl(HERE / "hacking.jsonl", measure(args))
     rows = read_jsonl(HERE / "hacking.jsonl")
     draw(rows)
-    print("the step by which a metric had moved, and gold had fallen (inf: never)")
+    print("the step by which a metric had moved, and gold had fallen, medians of the seeds (inf: never)")
     for row in first_moves(rows):
-        print("  ".join(f"{k} {v:g}" if not isinstance(v, str) else f"{v:9}" for k, v in row.items()))
+        print("  ".join(f"{k} {v:.3g}" if not isinstance(v, str) else f"{v:9}" for k, v in row.items()))
+    starts = [row["log"][0]["length_correlation"] for row in rows if "log" in row]
+    print(f"length_correlation at step 1: {statistics.fmean(starts):.2f}, before anything is learned")
 
 
 if __name__ == "__main__":

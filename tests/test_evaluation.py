@@ -157,6 +157,12 @@ def test_credit_line(monkeypatch):
     assert line.startswith("\033[30;48;2;255;55;55ma\033[0m") and "48;2;55;255;55m is" in line
 
 
+def test_eval_line():
+    line = common.eval_line({"step": 12345, "eval_gold": 0.87984, "eval_truncated": 0.0, "eval_win_rate": 0.6467,
+                             "eval_win_rate_low": 0.5911, "eval_win_rate_high": 0.6987})
+    assert line == "eval  step 12345  gold 0.8798  win_rate 0.6467 (0.59 to 0.70)"
+
+
 # --- runs
 
 @pytest.mark.parametrize("script", ONLINE)

@@ -76,14 +76,16 @@ def test_runs_of_the_others_leave_the_same(script, tmp_path, capsys):
     steps, evals = [r for r in log if "loss" in r], [r for r in log if "eval_reward" in r]
     assert [r["step"] for r in steps] == [1, 2] and [r["step"] for r in evals] == [0, 2]
     named = {"step", "reward", "reward_std", "kl", "entropy", "length", "truncated", "loss", "grad_norm", "lr",
-             "seconds", "tokens_per_second", "left_out"}
+             "seconds", "tokens_per_second", "left_out", "length_correlation", "distinct_3"}
     parts = {f"seconds_{part}" for part in ("generate", "score", "kl", "update")}
     assert sum(steps[0][part] for part in parts) == pytest.approx(steps[0]["seconds"], rel=1e-3)
     named |= parts | {"ppo": {"beta", "value_loss", "value", "explained_variance", "updates", "approx_kl_k1", "approx_kl",
                       "clipped_low", "clipped_high"},
               "reinforce": {"advantage_std", "baseline", "clipped_low", "clipped_high"}}[script]
     assert steps[0].keys() == named
-    assert evals[0].keys() == {"step", "eval_reward", "eval_gold", "eval_kl", "eval_length", "eval_win_rate"}
+    assert evals[0].keys() == {"step"} | {f"eval_{k}" for k in (
+        "reward", "gold", "kl", "length", "truncated", "reference_reward", "win_rate", "win_rate_low", "win_rate_high",
+        "lc_win_rate", "lc_win_rate_low", "lc_win_rate_high")}
     assert abs(steps[0]["kl"]) < 1e-6 and evals[0]["eval_kl"] == 0 and evals[0]["eval_win_rate"] == 0.5
     assert abs(steps[1]["kl"]) > 1e-6 and len(rows(tmp_path / "run/samples.jsonl")) == 2 * 8
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
