@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from transformers import logging
 
 from many import ROOT, read_jsonl, run_all, write_jsonl
 
@@ -41,6 +42,7 @@ def facts_of(job: tuple, memory: float) -> dict:
     steps = [row for row in metrics if "loss" in row]
     evaluations = [row for row in metrics if "eval_gold" in row or "eval_accuracy" in row]
     found = {"script": script, "seed": flags["seed"], "seconds": sum(row["seconds"] for row in steps), "memory": memory,
+             "kl": evaluations[-1].get("eval_kl"), "length": evaluations[-1].get("eval_length"),
              "first": evaluations[0].get("eval_gold", evaluations[0].get("eval_accuracy")),
              "last": evaluations[-1].get("eval_gold", evaluations[-1].get("eval_accuracy"))}
     reached = next((row["step"] for row in evaluations if row.get("eval_gold", 0) >= GOLD), None)
@@ -65,9 +67,8 @@ def first_gradient(script_name: str, seed: int, folder: str) -> torch.Tensor:
     if script_name in ONLINE:
         flags |= {"steps": 1, "eval_every": 0} | ({"minibatches": 1} if script_name == "ppo" else {})
     else:
-        flags |= {"data": f"{folder}/pairs.jsonl", "eval_pairs": 8, "eval_prompts": 1, "bias_prompts": 0,
+        flags |= {"data": f"{folder}/pairs.jsonl", "eval_pairs": 8, "eval_prompts": 1,
                   "reference_dir": f"{folder}/reference"}
-        flags = {k: v for k, v in flags.items() if hasattr(script.Args, k)}
     before, script.clip_gradients = script.clip_gradients, clip
     try:
         script.main(script.Args(**flags))
@@ -87,21 +88,24 @@ def noise_of(script: str, folder: str) -> float:
 def table(rows: list[dict]):
     runs = [row for row in rows if "seed" in row]
     base = statistics.fmean(row["seconds"] for row in runs if row["script"] == "grpo")
-    print("| | gold: mean (least to most) | to 0.85: completions | seconds | in all | MiB | noise |\n|---|---|---|---|---|---|---|")
+    print("| | gold: mean (least to most) | to gold 0.85: completions, or pairs | seconds to it | seconds in all | KL | length | "
+          "MiB | noise |\n|---|---|---|---|---|---|---|---|---|")
     for script in (*ONLINE, "dpo", "reward_model"):
         own = [row for row in runs if row["script"] == script]
         last = [row["last"] for row in own]
         reached = [row for row in own if "to_gold_rows" in row]
         to_gold = [statistics.median([row.get(k, math.inf) for row in own]) for k in ("to_gold_rows", "to_gold_seconds")]
-        noise = next(row["noise"] for row in rows if row["script"] == script and "noise" in row)
+        noise = next((f"{row['noise']:.1f}" for row in rows if row["script"] == script and "noise" in row), "")
+        rest = [f"{statistics.fmean(row['seconds'] for row in own) / base:.2f}",
+                *(f"{statistics.fmean(row[k] for row in own):.2f}" if own[0][k] is not None else "" for k in ("kl", "length")),
+                f"{statistics.fmean(row['memory'] for row in own):.0f}", noise]
         print(f"| `{script}.py` | {statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f}) | {to_gold[0]:,.0f} "
-              f"({len(reached)} of {len(own)} got there) | {to_gold[1] / base:.2f} | "
-              f"{statistics.fmean(row['seconds'] for row in own) / base:.2f} | "
-              f"{statistics.fmean(row['memory'] for row in own):.0f} | {noise:.2f} |")
+              f"({len(reached)} of {len(own)} got there) | {to_gold[1] / base:.2f} | {' | '.join(rest)} |")
 
 
 def main(args: Args):
     if not args.table:
+        logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             jobs = []
             for seed in range(args.seeds):
@@ -114,7 +118,7 @@ def main(args: Args):
             rows = [facts_of(job, memory) for job, _, memory in run_all(jobs, fresh=True)]
             pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:2000]
             Path(folder, "pairs.jsonl").write_text("".join(pairs))
-            for script in (*ONLINE, "dpo", "reward_model"):
+            for script in (*ONLINE, "dpo"):  # a reward model starts from a head at random, each seed's its own
                 rows.append({"script": script, "noise": noise_of(script, folder)})
         write_jsonl(HERE / "algorithms.jsonl", rows)
     table(read_jsonl(HERE / "algorithms.jsonl"))

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def load_run(run_dir: str):
     from transformers import AutoModelForCausalLM
     policy, _ = load_model(AutoModelForCausalLM, f"{run_dir}/checkpoint", "cpu")
     critic = load_critic("tiny/reward_model", "cpu")
-    dcp.load({f"critic.{k}": v.detach() for k, v in critic.named_parameters()},
-             checkpoint_id=f"{run_dir}/checkpoint/resume", no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load({f"critic.{k}": v.detach() for k, v in critic.named_parameters()},
+                 checkpoint_id=f"{run_dir}/checkpoint/resume", no_dist=True)
     return policy.eval(), critic.eval(), load_tokenizer("tiny/policy")
 
 
