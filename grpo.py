@@ -25,8 +25,8 @@ Neighbours: reinforce.py takes a completion as one action, ppo.py learns a criti
     python grpo.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
 
 Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without
-the first is reward hacking; `kl`: how far the policy went for it; `flat_*`: prompts that teach
-nothing.
+the first is reward hacking; `length_correlation`: far above 0, the reward pays for words; `kl`:
+how far the policy went for it; `flat_*`: prompts that teach nothing.
 """
 import json
 import math

@@ -26,8 +26,9 @@ completion as one action.
     python ppo.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6 --critic-lr 1e-5
 
 Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without
-the first is reward hacking; `explained_variance`: near or below 0, the critic knows nothing yet;
-`approx_kl` and `clipped_*`: how far one rollout's updates go.
+the first is reward hacking; `length_correlation`: far above 0, the reward pays for words;
+`explained_variance`: near or below 0, the critic knows nothing yet; `approx_kl` and `clipped_*`:
+how far one rollout's updates go.
 """
 import json
 import math

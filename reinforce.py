@@ -25,8 +25,9 @@ critic.
     python reinforce.py --model MODEL --reward REWARD_MODEL --data PROMPTS.jsonl --lr 1e-6
 
 Watch: `eval_gold` (or your own held-out measure) beside `reward`: the second rising without
-the first is reward hacking; `kl`: how far the policy went for it; `advantage_std`: what the
-baseline leaves, which is the noise of the gradient.
+the first is reward hacking; `length_correlation`: far above 0, the reward pays for words; `kl`:
+how far the policy went for it; `advantage_std`: what the baseline leaves, which is the noise of
+the gradient.
 """
 import json
 import math

@@ -1,8 +1,9 @@
 """The table of algorithms, measured: five seeds of each script with its own defaults, evaluated ten times on the way;
 and the noise of the first gradient.
 
-    python benchmarks/algorithms.py                 on two cores
-    python benchmarks/algorithms.py --table         the table again, from algorithms.jsonl
+    python benchmarks/algorithms.py                    half an hour on two cores
+    python benchmarks/algorithms.py --scripts ppo      one of them anew, in a few minutes; the others' rows stay
+    python benchmarks/algorithms.py --table            the table again, from algorithms.jsonl
 
 Gold is the true reward of 300 held-out prompts, 1 the best possible. Seconds are those of training on one core, without
 evaluation, as ratios to GRPO's. Memory is the process's peak. Noise of the gradient: the variance of the first update's
@@ -33,6 +34,7 @@ class Args:
     table: bool = False
     """only the table, from algorithms.jsonl"""
     seeds: int = 5
+    scripts: tuple[str, ...] = (*ONLINE, "dpo", "reward_model")
 
 
 def facts_of(job: tuple, memory: float) -> dict:
@@ -109,7 +111,7 @@ def main(args: Args):
         with tempfile.TemporaryDirectory() as folder:
             jobs = []
             for seed in range(args.seeds):
-                for script in ("ppo", "dpo", "reward_model", "reinforce", "grpo"):
+                for script in args.scripts:
                     every = {"reward_model": 0, "dpo": 28}.get(script, 4)
                     flags = {"seed": seed, "run_dir": f"{folder}/{script}-{seed}", "save_every": 0, "eval_every": every}
                     if script == "dpo":
@@ -118,9 +120,12 @@ def main(args: Args):
             rows = [facts_of(job, memory) for job, _, memory in run_all(jobs, fresh=True)]
             pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:2000]
             Path(folder, "pairs.jsonl").write_text("".join(pairs))
-            for script in (*ONLINE, "dpo"):  # a reward model starts from a head at random, each seed's its own
-                rows.append({"script": script, "noise": noise_of(script, folder)})
-        write_jsonl(HERE / "algorithms.jsonl", rows)
+            for script in args.scripts:
+                if script != "reward_model":  # it starts from a head at random, each seed's own
+                    rows.append({"script": script, "noise": noise_of(script, folder)})
+        file = HERE / "algorithms.jsonl"
+        before = read_jsonl(file) if file.exists() else []
+        write_jsonl(file, [row for row in before if row["script"] not in args.scripts] + rows)
     table(read_jsonl(HERE / "algorithms.jsonl"))
 
 

@@ -28,6 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 HERE = Path(__file__).parent
 PROMPTS, GROUP, RESAMPLES, LONGEST = 10, 8, 128, 48
 NAMES = {"ppo": "PPO, critic", "grpo": "GRPO", "reinforce": "REINFORCE", "exact": "exact credit"}
+COMPARED = {"ppo": "PPO, critic", "ppo_0": "PPO, critic, lambda 0", "exact_95": "exact values, lambda 0.95", "grpo": "GRPO",
+            "reinforce": "REINFORCE"}
 
 
 @dataclass
@@ -108,18 +110,31 @@ def credits_of(run_dir: str, seed: int) -> list[dict]:
     return [{"seed": seed, "prompt": rows[i]["prompt"][-1]["content"], "score": scores[i].item(),
              "tokens": [tokenizer.decode([t]) for t in answers[i]], "ppo": by_ppo[i, :n].tolist(),
              "grpo": [by_group[i].item()] * n, "reinforce": [by_others[i].item()] * n, "exact": exact[i, :n].tolist(),
-             "noise": (noise[i, :n] / 2).tolist()}
+             "noise": (noise[i, :n] / 2).tolist(), "value": critics[i, :n].tolist(), "exact_value": values[i, :n].tolist()}
             for i, n in enumerate(mask.sum(1).tolist())]
+
+
+def other_lambdas(row: dict) -> dict:
+    """The critic's advantages at lambda 0, A_t - lambda A_t+1, which is its own idea of what the exact credit is; and
+    what lambda 0.95 makes of exact values, the sum over l of lambda^l (exact credit of t + l): GAE, eq. 16."""
+    lam, after = 0.95, 0.0
+    found = {"ppo_0": [a - lam * b for a, b in zip(row["ppo"], [*row["ppo"][1:], 0.0])], "exact_95": []}
+    for credit in reversed(row["exact"]):
+        after = credit + lam * after
+        found["exact_95"].insert(0, after)
+    return found
 
 
 def correlations(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """Of each credit with the exact one, over all tokens; and within completions, where one number for all tokens has
     none."""
+    rows = [row | other_lambdas(row) for row in rows]
+
     def stack(name, centre):
         parts = [torch.tensor(row[name], dtype=torch.float64) for row in rows]
         return torch.cat([part - part.mean() if centre else part for part in parts])
     found = {}
-    for name in ("ppo", "grpo", "reinforce"):
+    for name in COMPARED:
         pairs = [(stack(name, centre), stack("exact", centre)) for centre in (False, True)]
         found[name] = tuple(torch.corrcoef(torch.stack(pair))[0, 1].nan_to_num(0).item() if pair[0].std() > 1e-9 else 0.0
                             for pair in pairs)
@@ -138,14 +153,15 @@ def draw(rows: list[dict]):
     # one to look at: of those that fit on a line, the one whose exact credit varies most
     shown = max((row for row in rows if 7 <= len(row["tokens"]) <= 16), key=lambda r: statistics.pstdev(r["exact"]))
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.9), layout="constrained")
-        top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, height_ratios=[3, 3])
         most = max(abs(v) for name in NAMES for v in shown[name])
         for y, name in enumerate(NAMES):
             for x, value in enumerate(shown[name]):
                 color = COLORS[3] if value > 0 else COLORS[2]
                 top.fill_between([x, x + 0.96], -y - 0.9, -y, color=color, alpha=0.08 + 0.8 * abs(value) / most, lw=0)
-                top.text(x + 0.48, -y - 0.45, f"{value:+.1f}", ha="center", va="center", fontsize=8)
+                top.text(x + 0.48, -y - 0.45, f"{value:+.1f}", ha="center", va="center", fontsize=9,
+                         color="white" if abs(value) > 0.4 * most else GRAY)
         top.set_yticks([-y - 0.45 for y in range(len(NAMES))], NAMES.values())
         top.set_xticks([x + 0.48 for x in range(len(shown["tokens"]))],
                        [t.replace("<|end|>", "END").replace("\\n", "NEWLINE") for t in shown["tokens"]])
@@ -155,17 +171,21 @@ def draw(rows: list[dict]):
         top.tick_params(length=0)
         for spine in ("left", "bottom"):
             top.spines[spine].set_visible(False)
-        for y, (name, title) in enumerate(list(NAMES.items())[:3]):
+        for y, name in enumerate(COMPARED):
             for offset, (kind, color) in enumerate(zip(("all tokens", "within a completion"), COLORS)):
                 values = [one[name][offset] for one in each]
                 at = -y - 0.2 - 0.35 * offset
                 bottom.barh(at, statistics.fmean(values), 0.3, color=color, label=kind if y == 0 else None)
                 bottom.plot(values, [at] * len(values), "|", color=GRAY, markersize=9)
-        bottom.set_yticks([-y - 0.38 for y in range(3)], list(NAMES.values())[:3])
+        bottom.set_yticks([-y - 0.38 for y in range(len(COMPARED))], COMPARED.values())
         bottom.set_xlabel("correlation with the exact credit (bars: mean, marks: each seed)")
         bottom.legend(loc="lower right")
         bottom.axvline(0, color=GRAY, lw=0.8)
         figure.savefig(HERE / "credit.png")
+    for seed in seeds:
+        pair = torch.tensor([[v for row in rows if row["seed"] == seed for v in row[k]] for k in ("value", "exact_value")])
+        print(f"seed {seed}: the critic's values and the exact ones: correlation {torch.corrcoef(pair)[0, 1]:.2f}, "
+              f"explained variance {1 - (pair[1] - pair[0]).square().mean() / pair[1].var():.2f}")
     for name in each[0]:
         print(f"{name:10}  all tokens {' '.join(f'{one[name][0]:.2f}' for one in each)}  "
               f"within a completion {' '.join(f'{one[name][1]:.2f}' for one in each)}")

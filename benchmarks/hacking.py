@@ -82,10 +82,14 @@ def rows_of(job: tuple, reward) -> list[dict]:
     return found
 
 
+def rank_weights(N: int, n: int) -> torch.Tensor:
+    """How likely the i-th worst of N is the best of n that are drawn from them, (N,): C(i - 1, n - 1) / C(N, n)."""
+    return torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
+
+
 def best_of_n(reward, gold) -> list[dict]:
-    """The mean proxy and gold reward of the best of n by the proxy, unbiased from SAMPLES of each prompt: the i-th
-    worst of N is the best of n with the probability C(i - 1, n - 1) / C(N, n). KL: log n - (n - 1) / n (an upper
-    bound: Beirami et al. 2024, arXiv:2401.01879)."""
+    """The mean proxy and gold reward of the best of n by the proxy, unbiased from SAMPLES of each prompt. KL: log n -
+    (n - 1) / n (an upper bound: Beirami et al. 2024, arXiv:2401.01879)."""
     import grpo
     from common import encode_prompts, load_model, load_tokenizer, pad
     from transformers import AutoModelForCausalLM
@@ -103,15 +107,10 @@ def best_of_n(reward, gold) -> list[dict]:
         by_prompt.append(torch.stack([reward(rows, texts), gold(rows, texts)], 1).view(-1, SAMPLES, 2))
     scores = torch.cat(by_prompt).double()  # (prompts, N, 2)
     scores = scores.gather(1, scores[..., :1].argsort(1).expand_as(scores))  # the worst first
-    found, rank = [], torch.arange(1, SAMPLES + 1, dtype=torch.float64)
+    found = []
     for n in (2**i for i in range(SAMPLES.bit_length())):
-        def log_choose(a, b):
-            return torch.lgamma(a + 1) - torch.lgamma(b + 1) - torch.lgamma((a - b).clamp(min=0) + 1)
-        k = torch.tensor(float(n), dtype=torch.float64)
-        weights = (log_choose(rank - 1, k - 1) - log_choose(rank[-1], k)).exp() * (rank >= k)
-        proxy, true = (scores * weights[:, None]).sum(1).mean(0).tolist()
-        found.append({"algorithm": "best of n", "n": n, "kl": float(k.log() - (k - 1) / k), "proxy": proxy,
-                      "gold": true})
+        proxy, true = (scores * rank_weights(SAMPLES, n)[:, None]).sum(1).mean(0).tolist()
+        found.append({"algorithm": "best of n", "n": n, "kl": math.log(n) - (n - 1) / n, "proxy": proxy, "gold": true})
     return found
 
 
