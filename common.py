@@ -1103,6 +1103,9 @@ def load_state(run_dir: Path, args, trained: dict, state: dict, generator=None) 
         fail(f"--resume {run_dir}: {folder} was saved by another version of this script: it has no {min(lacks)!r}")
     if found["rows"] != state["rows"]:
         fail(f"--resume {run_dir}: --data now gives {state['rows']} rows, and {found['rows']} when the run began")
+    if found.get("eval_rows") != state.get("eval_rows"):  # wins are counted against answers to them
+        fail(f"--resume {run_dir}: other held-out prompts than when the run began: leave --eval-data, --eval-prompts "
+             "and --eval-samples as they were")
     try:
         with warnings.catch_warnings(action="ignore"):  # that there is one process; that no update came before
             dcp.load(tensors_of(trained), checkpoint_id=folder / "resume", no_dist=not dist.is_initialized())

@@ -449,7 +449,8 @@ def main(args: Args):
               f"{size / 2**20:10.1f} MiB  weights"
               + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
     # carried by a run that goes on
-    state = {"step": 0, "rows": len(pairs), "first": {}}
+    state = {"step": 0, "rows": len(pairs), "first": {},
+             "eval_rows": len(sample_prompts) if args.eval_prompts else 0}
     trained = {"policy": (policy, optimizer, schedule)}
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
     if args.resume:

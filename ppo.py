@@ -460,7 +460,8 @@ def main(args: Args):
                   f"{size / 2**20:10.1f} MiB  weights"
                   + (f", gradients and two moments of {tuned / 1e6:.2f} M" if tuned else ""))
     # carried by all scripts, and by a run that goes on; order: of the prompts still to come
-    state |= {"step": 0, "rows": len(prompts), "order": [], "first": {}}
+    state |= {"step": 0, "rows": len(prompts), "order": [], "first": {},
+              "eval_rows": len(eval_prompts) * args.eval_samples}
     lock = open_run(run_dir, args, trained)  # held as long as this process lives
     if args.resume:
         state = load_state(run_dir, args, trained, state, generator)
@@ -519,16 +520,15 @@ def main(args: Args):
             scores = {"reward": reward(rows, texts)} | ({"gold": gold(rows, texts)} if gold else {})
             return ids, truncated, texts, scores  # (B, P) x 2 and (B, T) x 2, (B,), B, (B,) each
 
-        ids, truncated, texts, scores = sample_and_score(policy)
+        ids, truncated, texts, scores = found = sample_and_score(policy)
         lengths = ids[-1].sum(1)  # (B,)
-        first = state["first"]  # of the reference, or of the policy before it learns: they are one
-        if not first:
-            of = ids, truncated, texts, scores
-            if args.reference:
-                with as_reference(reference, None, device):
-                    of = sample_and_score(reference)
-            first |= {"texts": of[2], "lengths": of[0][-1].sum(1).tolist(),
-                      "scores": {k: v.tolist() for k, v in of[3].items()}}
+        if not state["first"]:  # of the reference, which the policy is at step 0, unless another is named
+            if args.reference or reference is not None and step > 0:
+                with as_reference(reference, adapter, device):
+                    found = sample_and_score(reference)
+            state["first"] = {"texts": found[2], "lengths": found[0][-1].sum(1).tolist(),
+                              "scores": {k: v.tolist() for k, v in found[3].items()}}
+        first = state["first"]
         first_scores = {k: torch.tensor(v, device=device) for k, v in first["scores"].items()}
         judge = "gold" if gold else "reward"  # of who wins
         wins = win_rates(scores[judge] - first_scores[judge],

@@ -1,6 +1,7 @@
 """What evaluation and the log's diagnostics measure, each against another way to the same number; and the flags
 that go with them."""
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -34,6 +35,8 @@ def fails(capsys, script, **flags) -> str:
         script.main(script.Args(**flags))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1, error
+    del stop
+    gc.collect()  # of the run's frames, which hold its lock
     return error
 
 
@@ -273,13 +276,15 @@ def test_eval_by_a_column_that_is_not_there(tmp_path, capsys):
     assert "--eval-by price: no held-out pair" in fails(capsys, reward_model, eval_by="price", run_dir=str(tmp_path / "run"))
 
 
-def test_a_checkpoint_of_another_version_is_refused(tmp_path, capsys):
+def test_resuming_with_other_held_out_prompts_or_a_checkpoint_of_another_version_is_refused(tmp_path, capsys):
     run(grpo, tmp_path)
+    flags = json.loads((tmp_path / "run/args.json").read_text()) | {"resume": str(tmp_path / "run"), "steps": 3}
+    for other in ({"eval_samples": 2}, {"eval_prompts": 5}):
+        assert "other held-out prompts than when the run began" in fails(capsys, grpo, **flags | other)
     path = tmp_path / "run/checkpoint/resume/state.json"
     state = json.loads(path.read_text())
     del state["first"]
     path.write_text(json.dumps(state))
-    flags = json.loads((tmp_path / "run/args.json").read_text()) | {"resume": str(tmp_path / "run")}
     assert "another version of this script: it has no 'first'" in fails(capsys, grpo, **flags)
 
 
