@@ -10,6 +10,8 @@ evaluation, as ratios to GRPO's. Memory is the process's peak. Noise of the grad
 gradient over seeds (the sum over parameters), over the squared length of its mean, where both are estimated from
 GRADIENTS seeds; it is that of a whole rollout of 256 completions, or of 32 pairs. Writes algorithms.jsonl beside itself.
 """
+import contextlib
+import io
 import math
 import statistics
 import sys
@@ -72,10 +74,8 @@ def first_gradient(script_name: str, seed: int, folder: str) -> torch.Tensor:
         flags |= {"data": f"{folder}/pairs.jsonl", "eval_pairs": 8, "eval_prompts": 1,
                   "reference_dir": f"{folder}/reference"}
     before, script.clip_gradients = script.clip_gradients, clip
-    try:
+    with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
         script.main(script.Args(**flags))
-    except Enough:
-        pass
     script.clip_gradients = before
     return seen[0]
 
@@ -101,8 +101,12 @@ def table(rows: list[dict]):
         rest = [f"{statistics.fmean(row['seconds'] for row in own) / base:.2f}",
                 *(f"{statistics.fmean(row[k] for row in own):.2f}" if own[0][k] is not None else "" for k in ("kl", "length")),
                 f"{statistics.fmean(row['memory'] for row in own):.0f}", noise]
-        print(f"| `{script}.py` | {statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f}) | {to_gold[0]:,.0f} "
-              f"({len(reached)} of {len(own)} got there) | {to_gold[1] / base:.2f} | {' | '.join(rest)} |")
+        if script == "reward_model":
+            print(f"| `{script}.py` | accuracy {statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f}) | | | "
+                  f"{' | '.join(rest)} |")
+        else:
+            print(f"| `{script}.py` | {statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f}) | {to_gold[0]:,.0f} "
+                  f"({len(reached)} of {len(own)} seeds) | {to_gold[1] / base:.2f} | {' | '.join(rest)} |")
 
 
 def main(args: Args):
