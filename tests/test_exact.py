@@ -3,7 +3,7 @@
 sums.
 
 The tables (the gradient's angles and variances, how far each variant ends from
-pi_ref * exp(r / beta) / Z) are printed by `python -m pytest -s tests/test_exact.py`.
+pi_ref * exp(r / beta) / Z) are printed by `python -m pytest -n 0 -s tests/test_exact.py`.
 """
 import pytest
 import torch

@@ -2,7 +2,7 @@
 after each beginning. Every expectation is a sum: gradients and training's end are exact.
 
 How far each variant ends from pi_ref * exp(r / beta) / Z, in total variation, is printed by
-`python -m pytest -s tests/test_grpo_exact.py`.
+`python -m pytest -n 0 -s tests/test_grpo_exact.py`.
 """
 from itertools import product
 
