@@ -1,12 +1,12 @@
 """Which token is to blame, or to thank? One completion with each token's advantage as PPO's critic, GRPO and
 REINFORCE have it, beside the exact credit, and the correlation of each with it.
 
-    python benchmarks/credit.py                 three seeds: about 6 minutes on two cores
+    python benchmarks/credit.py                 three seeds: 13 minutes on two cores
     python benchmarks/credit.py --draw          the picture again, from credit.jsonl
 
 The exact credit of token t is V(with t) - V(before t), where V(beginning of an answer) is the mean score of
 completions of it, drawn from the policy (VinePPO, Kazemnejad et al. 2024, arXiv:2410.01679, eq. 5 and 6), here 128
-of them; after the end it is the score. The policy and critic are those of ppo.py halfway through a default run.
+of them; after the end it is the score. The policy and critic are those of `ppo.py --steps 20`.
 PPO's advantages are ppo.gae's, GRPO's grpo.group_advantages, REINFORCE's the score less its group's others.
 Writes beside itself credit.jsonl and credit.png. pip install '.[plot]'
 """

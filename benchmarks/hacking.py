@@ -2,7 +2,7 @@
 the square root of the KL from the reference, of policies trained on labels that also like long answers, agreement
 and bullet points; best-of-n beside them; and how often each kind of hacking is seen as training goes on.
 
-    python benchmarks/hacking.py                    all runs, then the pictures: about 13 minutes on two cores
+    python benchmarks/hacking.py                    all runs, then the pictures: 14 minutes on two cores
     python benchmarks/hacking.py --draw             the pictures again, from hacking.jsonl
 
 Writes beside itself hacking.jsonl (a row for each evaluation of each run), hacking.png and hacking_kinds.png.
