@@ -219,9 +219,12 @@ def test_show_credit(tmp_path, capsys):
     """Each token with its advantage: one number for GRPO and REINFORCE, many for PPO."""
     for name, script in ONLINE.items():
         run(script, tmp_path, name, steps=1, eval_every=0, show_credit=True)
-        (best,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("best ")]
-        numbers = set(part.split("]")[0] for part in best.split("[")[1:])
+        out = capsys.readouterr().out.splitlines()
+        best, worst = (next(line for line in out if line.startswith(start)) for start in ("best ", "worst "))
+        numbers, others = ({float(part.split("]")[0]) for part in line.split("[")[1:]} for line in (best, worst))
         assert len(numbers) > 1 if name == "ppo" else len(numbers) == 1, best
+        if name == "grpo":
+            assert max(others) < 0 < min(numbers)
 
 
 def test_diagnostics_are_in_the_log(tmp_path):  # the same lines in all three; see test_sidebyside.py
