@@ -823,6 +823,7 @@ def win_rates(ahead, longer, samples: int = 1) -> dict[str, float]:
         return {}
     rate = kept.mean().item()
     low, high = wilson_interval(rate, len(kept))
+    # as wide as if a prompt's samples were one, for they are alike
     controlled, lc_low, lc_high = length_controlled(wins[valid], longer[valid], 1.96 * samples ** 0.5)
     return {"win_rate": rate, "win_rate_low": low, "win_rate_high": high, "lc_win_rate": controlled,
             "lc_win_rate_low": lc_low, "lc_win_rate_high": lc_high}

@@ -505,10 +505,10 @@ def main(args: Args):
             if gold:
                 scores["gold"] = gold(sample_rows, texts)  # (B,)
                 metrics["eval_gold"] = scores["gold"].nanmean()
-            first = state["first"]  # of the policy before it learns, which is the reference
-            if not first:
-                first |= {"texts": texts, "lengths": lengths.tolist(),
-                          "scores": {k: v.tolist() for k, v in scores.items()}}
+            if not state["first"]:  # of the reference, which the policy is at step 0
+                state["first"] = {"texts": texts, "lengths": lengths.tolist(),
+                                  "scores": {k: v.tolist() for k, v in scores.items()}}
+            first = state["first"]
             if gold:
                 wins = win_rates(scores["gold"] - torch.tensor(first["scores"]["gold"], device=device),
                                  lengths - torch.tensor(first["lengths"], device=device))

@@ -216,6 +216,15 @@ def main(args: Args):
         write_jsonl(HERE / "hacking.jsonl", measure(args))
     rows = read_jsonl(HERE / "hacking.jsonl")
     draw(rows)
+    rises = []
+    for algorithm in ALGORITHMS:
+        for beta in BETAS:
+            if runs := curves_of(rows, algorithm, beta):
+                ends = {k: statistics.fmean(run[-1][k] for run in runs) for k in ("gold", "proxy", "kl", *KINDS)}
+                print(f"{algorithm:9}  beta {beta:g}, at the end:  " + "  ".join(f"{k} {v:.2f}" for k, v in ends.items()))
+                rises += [max(row["gold"] for row in run[1:]) - run[0]["gold"] for run in runs]
+    print(f"gold's most above its start: {max(rises):.2f}; by no more than 0.02 in {sum(r <= 0.02 for r in rises)} of "
+          f"{len(rises)} runs")
     print("the step by which a metric had moved, and gold had fallen, medians of the seeds (inf: never)")
     for row in first_moves(rows):
         print("  ".join(f"{k} {v:.3g}" if not isinstance(v, str) else f"{v:9}" for k, v in row.items()))
