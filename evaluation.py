@@ -1,0 +1,242 @@
+"""Evaluation on held-out prompts, win rates and pass@k, and diagnostics of a rollout."""
+import json
+import math
+
+import torch
+from transformers import GenerationConfig
+
+from common import (Rollout, UserError, eos_token_ids, kl_estimate, masked_mean, pad,
+                    rollout_logprobs)
+from runtime import gather_objects, json_lines, reference_mode, write_whole
+
+
+class Evaluator:
+    """Samples completions of the held-out prompts, always with the same seed, scores them, and
+    compares them with the reference's.
+
+    reward: None if there is none. sample: the script's function of that name.
+    """
+
+    def __init__(self, run, rows: list[dict], reward, sample, tokenizer):
+        self.run, self.rows, self.sample, self.tokenizer = run, rows, sample, tokenizer
+        self.rewards = {"reward": reward} if reward else {}
+        if run.args.gold:
+            self.rewards["gold"] = run.load_reward(run.args.gold)
+        self.baseline = []  # the reference's completions, sampled once and kept in the run's folder
+        path = run.dir / "baseline.jsonl"
+        if run.args.resume and path.exists():
+            self.baseline = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            prompts = [row["prompt"] for row in rows for _ in range(run.args.eval_samples)]
+            if [row["prompt"] for row in self.baseline] != prompts:
+                raise UserError(f"--resume {run.dir}: other held-out prompts than when the run "
+                                "began: keep --eval-data, --eval-prompts and --eval-samples")
+
+    def __call__(self, step: int, policy, reference, metrics=()):
+        """Logs an evaluation, with the script's own metrics of it."""
+        run, n = self.run, self.run.args.eval_samples
+        if not self.rows:
+            if metrics:
+                run.log(step, metrics, "eval_")
+            return
+        samples = self.samples(policy, reference)
+        if not self.baseline:  # before the first step the policy is the reference
+            other = run.args.reference or step > 0
+            if reference is not None and other:
+                with reference_mode(reference):
+                    self.baseline = self.samples(reference)
+            elif not other:
+                self.baseline = samples
+            if run.rank == 0:
+                write_whole(run.dir / "baseline.jsonl", json_lines(self.baseline))
+        columns = {k: torch.tensor([s[k] for s in samples], dtype=torch.float64)
+                   for k in samples[0] if k not in ("prompt", "completion")}
+        means = {k: column.nanmean() for k, column in columns.items()}
+        truncated = means.pop("truncated")
+        metrics = means | dict(metrics)
+        if self.baseline and self.rewards:
+            judge = list(self.rewards)[-1]  # gold, if there is one
+            theirs, lengths = (torch.tensor([row.get(k, math.nan) for row in self.baseline],
+                                            dtype=torch.float64) for k in (judge, "length"))
+            metrics |= win_rates(columns[judge] - theirs, columns["length"] - lengths, n)
+            metrics[f"reference_{judge}"] = theirs.nanmean()
+        if "reward" in columns:
+            metrics |= pass_rates(columns["reward"], n)
+        run.log(step, metrics | {"truncated": truncated}, "eval_")
+        rows = [{"step": step, **row} for row in samples]
+        for row, base in zip(rows, self.baseline):
+            row["baseline"] = base["completion"]
+        run.write("samples.jsonl", rows)
+        if run.rank == 0:
+            for row in rows[:4 * n:n]:
+                print(f"      {row.get('reward', row.get('gold', math.nan)):6.2f}  "
+                      f"{shorten(row['prompt'], 40)} -> {shorten(row['completion'], 80)}")
+
+    def samples(self, model, reference=None) -> list[dict]:
+        """A row for each completion of each held-out prompt; every process does its share."""
+        run, rows, n = self.run, self.run.share(self.rows), self.run.args.eval_samples
+        rollout = self.sample(model, rows, n, run, self.tokenizer, run.generator(0))
+        repeated = [row for row in rows for _ in range(n)]
+        columns = {k: reward(repeated, rollout.texts) for k, reward in self.rewards.items()}
+        if reference is not None:
+            groups = list(run.micro_batches(rollout.lengths))
+            with run.autocast():
+                logprobs, _ = rollout_logprobs(model, rollout, groups, run.args.temperature)
+            with run.autocast(), reference_mode(reference):
+                ref_logprobs, _ = rollout_logprobs(reference, rollout, groups,
+                                                   run.args.temperature)
+            columns["kl"] = kl_estimate(logprobs, ref_logprobs).sum(1)
+        columns |= {"length": rollout.mask.sum(1), "truncated": rollout.truncated.float()}
+        values = zip(*(column.tolist() for column in columns.values()))
+        return gather_objects([
+            {"prompt": row["prompt"], "completion": text,
+             **{k: float(f"{v:.6g}") for k, v in zip(columns, value)}}
+            for row, text, value in zip(repeated, rollout.texts, values)])
+
+
+@torch.no_grad()
+def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int,
+                         temperature: float = 1.0, batch_size: int = 64) -> Rollout:
+    """One completion for the `prompt_ids` of each row by transformers' generate, for scripts
+    that do not sample in training. The model's own generation_config changes nothing here."""
+    eos_ids = eos_token_ids(model, tokenizer, model.device)
+    own, model.generation_config = model.generation_config, GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=eos_ids.tolist(),
+        max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+    prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", model.device)
+    completion_ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        ids = model.generate(input_ids=prompt_ids[part], attention_mask=prompt_mask[part])
+        ids = ids[:, prompt_ids.shape[1]:]
+        completion_ids[part, :ids.shape[1]] = ids
+    model.generation_config = own
+    ended = torch.isin(completion_ids, eos_ids).long()
+    mask = (ended.cumsum(1) - ended == 0).long()  # up to and including the first end
+    longest = mask.sum(1).max()
+    return Rollout(prompt_ids, prompt_mask, completion_ids[:, :longest], mask[:, :longest],
+                   tokenizer, eos_ids)
+
+
+# --- win rates and pass@k
+
+def wilson_interval(mean: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a rate observed in n trials (Wilson 1927)."""
+    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def length_controlled_win_rate(wins, longer, z: float = 1.96) -> tuple[float, float, float]:
+    """Win rate at equal length, and its interval (Dubois et al. 2024, arXiv:2404.04475, sec. 3).
+
+    wins: (B,), 1, 0, or 0.5 for a tie. longer: (B,), how many tokens longer. Fits P(win) =
+    sigmoid(a + b tanh(longer / std)) by Newton's method with a normal prior of std 3 on a and b;
+    sigmoid(a) is the rate. Their term for a prompt's difficulty needs many models: left out.
+    """
+    spread = longer.std(correction=0).clamp(min=1e-6)
+    x = torch.stack([torch.ones_like(longer), (longer / spread).tanh()], 1)  # (B, 2)
+    prior, weights = torch.eye(2, dtype=x.dtype) / 9, x.new_zeros(2)
+    for _ in range(20):
+        p = (x @ weights).sigmoid()  # (B,)
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + prior  # (2, 2)
+        weights = weights + torch.linalg.solve(hessian, x.T @ (wins - p) - prior @ weights)
+    error = z * hessian.inverse()[0, 0].sqrt()
+    return tuple((weights[0] + e).sigmoid().item() for e in (0.0, -error, error))
+
+
+def win_rates(ahead, longer, samples: int = 1) -> dict[str, float]:
+    """How often a completion is better than the reference's, ties counting half, and the same
+    at equal length, with 95 % intervals over prompts.
+
+    ahead, longer: float64 (B,), how much better (nan: left out) and how many tokens longer.
+    samples: completions per prompt, one after the other.
+    """
+    wins = torch.where(ahead.isnan(), math.nan, (ahead.sign() + 1) / 2)
+    per_prompt = wins.view(-1, samples).nanmean(1)
+    per_prompt, valid = per_prompt[~per_prompt.isnan()], ~wins.isnan()
+    if len(per_prompt) == 0:
+        return {}
+    rate = per_prompt.mean().item()
+    low, high = wilson_interval(rate, len(per_prompt))
+    # the samples of a prompt are not independent: as wide as if they were one
+    lc, lc_low, lc_high = length_controlled_win_rate(wins[valid], longer[valid],
+                                                     1.96 * samples**0.5)
+    return {"win_rate": rate, "win_rate_low": low, "win_rate_high": high, "lc_win_rate": lc,
+            "lc_win_rate_low": lc_low, "lc_win_rate_high": lc_high}
+
+
+def pass_at_k(correct, k: int):
+    """Unbiased P(at least one of k samples is correct), (prompts,), from n >= k samples of each
+    prompt (Chen et al. 2021, arXiv:2107.03374, eq. 1). correct: (prompts, n), 0 or 1."""
+    n, wrong = correct.shape[1], (1 - correct).sum(1)
+    none = torch.ones_like(wrong, dtype=torch.float64)
+    for i in range(k):  # C(wrong, k) / C(n, k), factor by factor
+        none = none * (wrong - i).clamp(min=0) / (n - i)
+    return 1 - none
+
+
+def pass_rates(rewards, samples: int) -> dict[str, float]:
+    """pass@1, 2, 4, ... for rewards (B,) that are all 0 or 1; otherwise nothing."""
+    if samples < 2 or not ((rewards == 0) | (rewards == 1)).all():
+        return {}
+    correct, ks = rewards.view(-1, samples), [2**i for i in range(samples.bit_length())]
+    return {f"pass_at_{k}": pass_at_k(correct, k).mean().item() for k in ks}
+
+
+# --- diagnostics
+
+def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
+                    group_size: int) -> dict:
+    """What every on-policy script logs about the completions of all processes.
+
+    scores: (B,), nan where there is none. logprobs, entropy, ref_logprobs: (B, T); without a
+    reference, ref_logprobs is logprobs.
+    """
+    lengths = rollout.mask.sum(1)  # (B,)
+    columns = [scores, lengths, rollout.truncated, (entropy * rollout.mask).sum(1),
+               distinct_ngrams(rollout.completion_ids, rollout.mask)]
+    if ref_logprobs is not logprobs:  # there is a reference
+        columns.append(kl_estimate(logprobs, ref_logprobs).sum(1))
+    columns = torch.stack([column.double() for column in columns], 1).tolist()  # (B, columns)
+    scores, lengths, truncated, entropy, distinct, *kl = torch.tensor(
+        gather_objects(columns), dtype=torch.float64).T
+    if scores.isnan().all():
+        raise UserError("--reward: it left out every completion of a step")
+    groups = scores.view(-1, group_size)
+    flat = groups.amax(1) - groups.amin(1) < 1e-4
+    return {"reward": scores.nanmean(), **({"kl": kl[0].mean()} if kl else {}),
+            "length": lengths.mean(), "truncated": truncated.mean(),
+            "entropy": entropy.sum() / lengths.sum(),
+            "reward_std": scores[~scores.isnan()].std(correction=0),
+            "length_correlation": length_correlation(scores, lengths, group_size),
+            "distinct_3": distinct.nanmean(), "unscored": scores.isnan().double().mean(),
+            "zero_std_groups": flat.double().mean(),
+            "zero_std_groups_right": (flat & ((groups[:, 0] - 1).abs() < 1e-4)).double().mean()}
+
+
+def length_correlation(scores, lengths, group_size: int) -> float:
+    """Pearson correlation of score and length within groups; 0 if one of them is constant. Near
+    1, the reward pays for length."""
+    valid = ~scores.isnan()
+    lengths = torch.where(valid, lengths.to(scores.dtype), math.nan)
+    means = (x.view(-1, group_size).nanmean(1).repeat_interleave(group_size)
+             for x in (scores, lengths))
+    scores, lengths = ((x - mean)[valid].double() for x, mean in zip((scores, lengths), means))
+    return ((scores * lengths).sum() / (scores.norm() * lengths.norm()).clamp(min=1e-9)).item()
+
+
+def distinct_ngrams(completion_ids, mask, n: int = 3):
+    """Fraction of a completion's n-grams that are distinct (after Li et al. 2016,
+    arXiv:1510.03055), (B,); 1 means no repetition, nan that it has no n-gram."""
+    fractions = []
+    for ids, length in zip(completion_ids.tolist(), mask.sum(1).tolist()):
+        ngrams = [tuple(ids[i:i + n]) for i in range(length - n + 1)]
+        fractions.append(len(set(ngrams)) / len(ngrams) if ngrams else math.nan)
+    return torch.tensor(fractions)
+
+
+def shorten(text, width: int) -> str:
+    text = (text if isinstance(text, str) else text[-1]["content"]).replace("\n", " / ")
+    return text if len(text) <= width else text[:width - 1] + "…"
+

@@ -1,0 +1,671 @@
+"""What surrounds an algorithm and changes nothing that is learned: the flags that all scripts
+have, processes and memory, and the run's folder with its log and checkpoints."""
+import contextlib
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import transformers
+import tyro
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from tqdm import tqdm
+
+from common import (UserError, first_line, freeze, has_plain_head, load_causal_lm, load_reward,
+                    load_tokenizer, logprobs_of_whole, micro_batches)
+
+# --- flags
+
+BOUNDS = {"more than 0": lambda x: x > 0, "at least 0": lambda x: x >= 0,
+          "from 0 to 1": lambda x: 0 <= x <= 1, "from 0 to below 0.5": lambda x: 0 <= x < 0.5}
+PosInt, PosFloat = Annotated[int, "more than 0"], Annotated[float, "more than 0"]
+NonNegInt, NonNegFloat = Annotated[int, "at least 0"], Annotated[float, "at least 0"]
+Fraction, Smoothing = Annotated[float, "from 0 to 1"], Annotated[float, "from 0 to below 0.5"]
+
+
+@dataclass
+class RunArgs:
+    """Flags of all scripts."""
+    prompt_column: str = "prompt"
+    """column with the prompt: a string or a list of chat messages"""
+    seed: int = 0
+    """random seed; a step's randomness depends on it and on the step's number alone"""
+    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
+    """learning rate after the warmup"""
+    warmup: NonNegInt = 0
+    """updates of linear warmup (0 to 100)"""
+    max_grad_norm: PosFloat = 1.0
+    """gradients with a larger norm are scaled down to it"""
+
+    micro_batch_tokens: PosInt = 8192
+    """tokens per pass, with padding: sets memory, changes no result (16384 to 65536 on a GPU)"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, a third more time"""
+    lora_rank: NonNegInt = 0
+    """train LoRA adapters of this rank (8 to 64), with a ten times higher --lr (0: all weights)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of matrix products; weights stay float32 (auto: bfloat16 where it is faster)"""
+    device: str = "auto"
+    """cuda, cpu, or auto"""
+
+    run_dir: str = ""
+    """new folder for log, samples and checkpoints (default: runs/SCRIPT-DATE-TIME)"""
+    resume: str = ""
+    """run folder to resume from its last checkpoint, with its flags and those given now"""
+    save_every: NonNegInt = 20
+    """steps between checkpoints, besides the one at the end (0: no others)"""
+    keep_checkpoints: PosInt = 1
+    """how many checkpoints to keep, the newest (1 to 5)"""
+    log_every: PosInt = 5
+    """steps between printed lines"""
+    eval_every: NonNegInt = 20
+    """steps between evaluations, besides those at the start and the end (0: no others)"""
+    tensorboard: bool = False
+    """also write the metrics to RUN/tensorboard"""
+
+    def __post_init__(self):
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{flag}: must be a finite number")
+            for bound in getattr(hint, "__metadata__", ()):
+                if bound in BOUNDS and not BOUNDS[bound](value):
+                    raise UserError(f"{flag}: must be {bound}")
+
+
+@dataclass
+class OnPolicyArgs(RunArgs):
+    """Flags of the scripts that sample from the policy they train."""
+    eval_data: str = ""
+    """held-out prompts (default: the last --eval-prompts rows of --data, not trained on)"""
+    gold: str = ""
+    """a second reward, used only in evaluation (same forms as --reward)"""
+    reference: str = ""
+    """model that the KL and the win rate are measured against (default: --model)"""
+    max_prompt_tokens: NonNegInt = 0
+    """skip rows with longer prompts (0: a prompt that does not fit the context is an error)"""
+    generate_batch_size: PosInt = 512
+    """completions sampled at a time: sets memory (64 to 1024 on a GPU)"""
+    eval_prompts: NonNegInt = 300
+    """held-out prompts (0: no evaluation)"""
+    eval_samples: PosInt = 1
+    """completions per held-out prompt (4 to 64 for pass@k of rewards that are 0 or 1)"""
+    max_kl: NonNegFloat = 0.0
+    """stop after a step with a larger KL, in nats per completion (5 to 50; 0: never)"""
+
+    def __post_init__(self):
+        if self.data == "tiny/prompts.jsonl":  # the tiny world brings its own
+            self.eval_data = self.eval_data or "tiny/heldout.jsonl"
+            self.gold = self.gold or "tiny/world.py:gold_reward"
+        super().__post_init__()
+
+
+def cli(main, Args, description: str):
+    """Parses the command line and runs main. A user's mistake ends in one line and exit code 2."""
+    own = {name: Args.__dataclass_fields__[name] for cls in Args.__mro__
+           for name in cls.__dict__.get("__annotations__", {})}
+    Args.__dataclass_fields__ = own  # --help lists the script's own flags first
+    try:
+        args = tyro.cli(Args, description=description)
+        if args.resume:  # the flags of that run, except for those given now
+            flags = saved_flags(Path(args.resume), Args) | {"resume": args.resume}
+            args = tyro.cli(Args, description=description, default=Args(**flags))
+        main(args)
+    except KeyboardInterrupt:  # before the first step, or the second one
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except (UserError, RuntimeError, MemoryError) as error:
+        hint = next((hint for words, hint in HINTS.items() if re.search(words, str(error))), "")
+        if not (isinstance(error, (UserError, MemoryError)) or hint):
+            raise
+        if rank() > 0:
+            time.sleep(3)  # the first process says the same, unless this one fails alone
+        line = str(error) if isinstance(error, UserError) else first_line(error)[:100] + hint
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+HINTS = {  # words of a RuntimeError -> what to do
+    "out of memory|allocate memory|not enough memory":
+        ": out of memory: lower --micro-batch-tokens or --generate-batch-size, or use "
+        "--gradient-checkpointing, --lora-rank or --dtype bfloat16; --resume continues from the "
+        "newest checkpoint",
+    "probability tensor":
+        ": the policy's probabilities are not finite: lower --lr or use --dtype float32; "
+        "--resume continues from the newest checkpoint"}
+
+
+def saved_flags(run_dir: Path, Args) -> dict:
+    """The flags in a run's args.json."""
+    flags = read_json(run_dir / "args.json", f"--resume {run_dir}")
+    if flags.pop("ran_with", None) is None:
+        raise UserError(f"--resume {run_dir}: this run was made by an older edition of the "
+                        "scripts, which cannot be resumed: start a new one")
+    if unknown := set(flags) - {field.name for field in dataclasses.fields(Args)}:
+        raise UserError(f"--resume {run_dir}: a run of another script: it has "
+                        f"--{min(unknown).replace('_', '-')}")
+    return flags
+
+
+# --- processes
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def all_sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes; x itself where there is one."""
+    if dist.is_initialized():
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
+def global_mean(values, mask):
+    """masked_mean over the values of all processes."""
+    return all_sum((values * mask).sum()) / all_sum(mask.sum()).clamp(min=1)
+
+
+def global_means(parts: list[dict]) -> dict:
+    """Mean of each metric over the rows of all parts, in all processes."""
+    columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: global_mean(column, torch.ones_like(column)) for name, column in columns.items()}
+
+
+def gather_objects(x: list) -> list:
+    """The lists of all processes, one after the other. All wait for each other."""
+    if not dist.is_initialized():
+        return x
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return [row for part in parts for row in part]
+
+
+@contextlib.contextmanager
+def reference_mode(model):
+    """The model as the reference: if it has a LoRA adapter, without it."""
+    adapted = getattr(model, "_hf_peft_config_loaded", False)
+    if adapted:
+        model.disable_adapters()
+    yield
+    if adapted:
+        model.enable_adapters()
+
+
+class Bar(list):
+    def __iter__(self):
+        return iter(tqdm(super().__iter__(), self.name, len(self), leave=False, delay=2,
+                         disable=rank() > 0 or None))
+
+
+class Run:
+    """One training run in this process: where it computes, and where it writes."""
+
+    def __init__(self, args: RunArgs, script: str):
+        self.args, self.state, self.frozen, self.trained = args, {"step": 0}, {}, {}
+        self.bf16 = self.stopped = self._interrupted = False
+        self.step, self.steps = 0, getattr(args, "steps", 0)
+        self._rows, self._orders, self._phases = [], {}, []
+        self._join()
+        name = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(gather_objects([args.resume or args.run_dir or name])[0])
+        if self.dir.exists() and not args.resume:
+            raise UserError(f"--run-dir: {self.dir} exists: name a new folder, or move it away")
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise UserError("--tensorboard: pip install tensorboard")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        torch.manual_seed(args.seed)
+        # without this, several threads or a GPU add gradients in another order in each run
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        warnings.filterwarnings("ignore", ".*deterministic")
+
+    def _join(self):
+        """Joins the processes that torchrun started: each on its GPU, or all on the CPU."""
+        name = self.args.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for repeatable sums
+        try:
+            self.device = torch.device(name)
+            torch.zeros(1, device=self.device)
+        except Exception as error:
+            raise UserError(f"--device {name}: {first_line(error)}")
+        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            if rank() > 0:  # only the first process prints
+                sys.stdout = open(os.devnull, "w")
+        self.rank = rank()
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+
+    # --- models and memory
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def trainable(self, model):
+        """A model made ready for training, by the flags: precision, LoRA, checkpointing, FSDP2."""
+        self.bf16 = self.args.dtype == "bfloat16"
+        if self.args.dtype == "auto":  # where it was measured to be faster
+            cpu = getattr(torch.cpu, "get_capabilities", dict)()
+            self.bf16 = self.device.type == "cuda" or model.num_parameters() > 50e6 and bool(
+                cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        if self.args.lora_rank:
+            try:
+                from peft import LoraConfig
+            except ImportError:
+                raise UserError("--lora-rank: pip install peft")
+            if Path(model.name_or_path).is_dir():  # the adapter names its base model
+                model.name_or_path = str(Path(model.name_or_path).resolve())
+            freeze(model, self.bf16)
+            heads = [name for name in ("score", "classifier") if hasattr(model, name)]
+            model.add_adapter(LoraConfig(  # Hu et al. 2021, arXiv:2106.09685
+                r=self.args.lora_rank, lora_alpha=2 * self.args.lora_rank,
+                target_modules="all-linear", modules_to_save=heads or None))
+        if self.args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return self.shard(model)
+
+    def load_reference(self, policy):
+        """The frozen model that the KL is measured against; None if no flag asks for one. With
+        LoRA it is the policy: see reference_mode."""
+        args, name = self.args, self.args.reference or self.args.model
+        if not (args.reference or args.beta > 0 or getattr(args, "max_kl", 0) > 0):
+            return None
+        if args.lora_rank and not args.reference:
+            return policy
+        model = load_causal_lm(name, self.device)
+        if load_tokenizer(name).get_vocab() != load_tokenizer(args.model).get_vocab():
+            raise UserError(f"--reference {name}: its tokenizer is not the policy's")
+        self.frozen["reference"] = self.shard(freeze(model, self.bf16))
+        return model
+
+    def load_reward(self, name: str):
+        """common.load_reward, with this run's device and precision."""
+        reward = load_reward(name, self.device, self.bf16, self.args.micro_batch_tokens)
+        if hasattr(reward, "model"):
+            self.frozen[Path(name).name] = reward.model
+        return reward
+
+    def shard(self, model):
+        """Splits a model over the processes with FSDP2, layer by layer."""
+        if not dist.is_initialized():
+            return model
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        if model.get_output_embeddings() is not None:
+            with self.autocast():
+                has_plain_head(model)  # checked while it is whole
+            model.logprobs = types.MethodType(logprobs_of_whole, model)
+        for module in model.modules():
+            if type(module).__name__ in (model._no_split_modules or ()):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        if hasattr(model, "logprobs"):  # it calls the body and the head one by one
+            register_fsdp_forward_method(model, "logprobs")
+        for module in self._sharded(model):  # losses are divided by global counts already
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        return model
+
+    def _sharded(self, model) -> list:
+        return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+    @contextlib.contextmanager
+    def gathered(self, model):
+        """All of a model's weights in every process, so that each samples at its own pace."""
+        for module in self._sharded(model):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        yield
+        for module in self._sharded(model):
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+    def micro_batches(self, lengths, rows=None):
+        """common.micro_batches with --micro-batch-tokens, and equally many of them in every
+        process: the largest are split further."""
+        groups = micro_batches(lengths, self.args.micro_batch_tokens, rows)
+        if dist.is_initialized():
+            most = torch.tensor(len(groups), device=self.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            while len(groups) < most:
+                largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+                halves = groups[largest].tensor_split(2)
+                # one row cannot be split: evaluation, where shares differ by one, repeats it
+                groups[largest:largest + 1] = halves if len(halves[1]) else halves[:1] * 2
+        return self.progress(groups)
+
+    def progress(self, parts) -> list:
+        """The parts, with a bar while they take seconds, named by the phase."""
+        bar = Bar(parts)
+        bar.name = self._phases[-1][0] if self._phases else "evaluate"
+        return bar
+
+    def clip_grad_norm(self, model) -> float:
+        """Scales the gradients down to --max-grad-norm; returns their norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if math.isfinite(norm):
+            return norm
+        bad = gather_objects([repr(str(row["prompt"]).strip()[:60]) for row in self._rows
+                              if not self._outputs_are_finite(model, row)])
+        raise UserError(
+            f"step {self.step}: the gradient is not finite, and the update was not made. Rows "
+            f"whose outputs are not finite: {len(bad)} of {len(self._rows) * self.world_size}"
+            f"{': ' * bool(bad)}{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}. Lower --lr or use "
+            "--dtype float32; --resume continues from the newest checkpoint")
+
+    @torch.no_grad()
+    def _outputs_are_finite(self, model, row: dict) -> bool:
+        prompt = row.get("prompt_ids", [])
+        texts = [prompt + row[k] for k in ("chosen_ids", "rejected_ids") if k in row] or [prompt]
+        with self.autocast():
+            outputs = [model(input_ids=torch.tensor([ids], device=self.device)) for ids in texts]
+        return all(output.logits.isfinite().all() for output in outputs)
+
+    # --- steps
+
+    def batch(self, rows: list, step: int, size: int, passes: float = math.inf, length=None):
+        """This process's share of the rows of a step. Each pass over the data has a new order;
+        with length (a function of a row), rows of similar length are batched together."""
+        if size % self.world_size:
+            raise UserError(f"{size} prompts or pairs per step cannot be shared equally by "
+                            f"{self.world_size} processes")
+        self.step, n = step, len(rows)
+        end = min(step * size, passes * n)
+        end += -end % self.world_size  # the last step, too, has as many for each process
+        places = range((step - 1) * size, int(end))[self.rank::self.world_size]
+        for epoch in {place // n for place in places} - set(self._orders):
+            self._orders[epoch] = self._order(rows, size, epoch, length)
+        self._rows = [rows[self._orders[place // n][place % n]] for place in places]
+        return self._rows
+
+    def _order(self, rows: list, size: int, epoch: int, length) -> list[int]:
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(rows), generator=generator)
+        if length is None:
+            return order.tolist()
+        order = torch.tensor([i for part in order.split(16 * size) for i in sorted(
+            part.tolist(), key=lambda i: length(rows[i]))])
+        batches = list(order.split(size))  # then these are shuffled, but for an incomplete one
+        whole = len(rows) // size
+        batches = [batches[i] for i in torch.randperm(whole, generator=generator)] + batches[whole:]
+        return torch.cat(batches).tolist()
+
+    def share(self, rows: list) -> list:
+        """This process's part of rows: as many as the others', or one more."""
+        if len(rows) < self.world_size:
+            raise UserError(f"{len(rows)} held-out rows are too few for {self.world_size} "
+                            "processes")
+        return rows[len(rows) * self.rank // self.world_size:
+                    len(rows) * (self.rank + 1) // self.world_size]
+
+    def generator(self, step: int) -> torch.Generator:
+        """The random numbers of a step in this process: a resumed run draws the same ones."""
+        seed = (self.args.seed * 1_000_003 + step) * 1009 + self.rank
+        torch.manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def phase(self, name: str):
+        """Starts the clock of a part of a step."""
+        self._phases.append((name, time.time()))
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether a step is one of every so many, or the run's last."""
+        return every > 0 and step % every == 0 or step == self.steps or self.stopped
+
+    # --- the log
+
+    def write(self, name: str, rows: list[dict]):
+        """Appends rows to a file of the run's folder."""
+        if self.rank == 0:
+            with open(self.dir / name, "a", encoding="utf-8") as file:
+                file.write(json_lines(rows))
+
+    def log(self, step: int, metrics: dict, prefix: str = ""):
+        """Writes metrics, the same in all processes, to metrics.jsonl, and prints the first five.
+        With a prefix they are an evaluation's; otherwise a step's, with its seconds by phase."""
+        row = {prefix + name: float(f"{float(value):.5g}") for name, value in metrics.items()}
+        if not prefix:
+            ends = [start for _, start in self._phases[1:]] + [time.time()]
+            times = {f"seconds_{name}": end - start
+                     for (name, start), end in zip(self._phases, ends)}
+            times = {"seconds": sum(times.values())} | times
+            row |= {name: float(f"{value:.4g}") for name, value in times.items()}
+            self._phases = []
+            flag = all_sum(torch.tensor(float(self._interrupted), device=self.device))
+            self.stopped = flag.item() > 0  # by Ctrl-C in any process
+            max_kl = getattr(self.args, "max_kl", 0)
+            if 0 < max_kl < row.get("kl", 0):
+                self.stopped = True
+                tqdm.write(f"stopped by --max-kl {max_kl:g}: the KL of step {step} is "
+                           f"{row['kl']:g}")
+        row = {"step": step} | row
+        self.write("metrics.jsonl", [row])
+        if self.rank > 0:
+            return
+        if self.tensorboard:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(name, value, step)
+            self.tensorboard.flush()
+        shown = {name: f"{row[name]:.3g}" for name in list(row)[1:6] if row[name] == row[name]}
+        if prefix or step % self.args.log_every == 0:
+            ranges = {name: f" ({row[name + '_low']:.2f} to {row[name + '_high']:.2f})"
+                      for name in shown if name + "_low" in row}
+            tqdm.write(f"step {step:4}  " + "  ".join(
+                f"{name} {value}{ranges.get(name, '')}" for name, value in shown.items()))
+        if not prefix:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
+
+    # --- checkpoints
+
+    def resume(self, tokenizer, **trained) -> int:
+        """Registers what is trained, as name=(model, optimizer, scheduler), opens the run's folder,
+        and with --resume loads its last checkpoint. Returns the first step to train."""
+        self.tokenizer, self.trained = tokenizer, trained
+        self._print_memory()
+        if self.rank == 0:
+            self._open()
+        gather_objects([])  # the others wait
+        if self.args.resume:
+            self._load()
+        step = self.state["step"]
+        if self.rank == 0:
+            write_json(self.dir / "args.json", dataclasses.asdict(self.args) | {
+                "resume": "", "ran_with": versions(self.device)})
+        self.tensorboard = None
+        if self.args.tensorboard and self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(self.dir / "tensorboard",
+                                             purge_step=step + 1 if step else None)
+        if step >= self.steps > 0:
+            print(f"{self.dir} is finished: it has all {self.steps} steps")
+        self.bar = tqdm(total=self.steps, initial=step, disable=self.rank > 0 or None)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._interrupt)
+        return step + 1
+
+    def _interrupt(self, *_):
+        self._interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    def _print_memory(self):
+        """What the models take in memory, besides activations."""
+        models = {name: model for name, (model, _, _) in self.trained.items()} | self.frozen
+        for name, model in models.items():
+            tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            size = 12 * tuned + sum(p.numel() * p.element_size() for p in model.parameters())
+            print(f"{name:12} {model.num_parameters() / 1e6:8.2f} M parameters "
+                  f"{size / 2**20:8.1f} MiB of weights"
+                  + f", gradients and AdamW moments ({tuned / 1e6:.2f} M trained)" * (tuned > 0))
+
+    def _open(self):
+        """Makes the run's folder, locks it against other processes, and checks its disk."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=bool(self.args.resume))
+            self.lock = open(self.dir / "lock", "w")  # held as long as this process lives
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--resume {self.dir}: another process is writing to this run")
+        except OSError as error:
+            raise UserError(f"--run-dir: {self.dir} cannot be made: {error.strerror}")
+        needed = 16 * sum(p.numel() for model, _, _ in self.trained.values()
+                          for p in model.parameters() if p.requires_grad)
+        free = shutil.disk_usage(self.dir).free
+        if free < needed * (self.args.keep_checkpoints + 1):
+            raise UserError(f"--run-dir: {self.dir} has {free / 2**30:.1f} GiB free, and a "
+                            f"checkpoint takes {needed / 2**30:.1f}: make room, or lower "
+                            "--keep-checkpoints")
+
+    def _load(self):
+        """The last checkpoint, and the run's folder as it was then."""
+        where = f"--resume {self.dir}"
+        if not self.checkpoints():
+            raise UserError(f"{where}: it has no checkpoint yet: start a new run")
+        step, folder = self.checkpoints()[-1]
+        saved = read_json(folder / "resume/state.json", where)
+        try:
+            if changed := {k for k in self.state if k != "step" and k not in saved}:
+                raise ValueError(f"its state has no {min(changed)}")
+            self.state = saved
+            with warnings.catch_warnings(action="ignore"):
+                dcp.load(self._tensors(), checkpoint_id=folder / "resume",
+                         no_dist=not dist.is_initialized())
+                for name, (_, _, scheduler) in self.trained.items():
+                    for _ in range(saved["updates"][name]):
+                        scheduler.step()
+        except (Exception, dcp.api.CheckpointException) as error:
+            raise UserError(f"{where}: {folder} is damaged, or does not fit these flags: "
+                            f"{last_line(error)}")
+        gather_objects([])  # all have read it
+        if self.rank == 0:
+            for part in self.dir.glob("*.part"):  # what a kill left half written
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
+                lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
+                write_whole(path, "".join(line for line in lines if line.endswith("\n")
+                                          and json.loads(line)["step"] <= step))
+        gather_objects([])
+
+    def save(self, step: int):
+        """RUN/checkpoint-STEP: what from_pretrained loads, and in resume/ what --resume needs. It
+        has its name only when it is complete, so that a kill leaves no half of one."""
+        self.state |= {"step": step, "updates": {
+            name: scheduler.last_epoch for name, (_, _, scheduler) in self.trained.items()}}
+        folder, part = self.dir / f"checkpoint-{step}", self.dir / f"checkpoint-{step}.part"
+        try:
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+            gather_objects([])
+            with warnings.catch_warnings(action="ignore"):
+                dcp.save(self._tensors(), checkpoint_id=part / "resume",
+                         no_dist=not dist.is_initialized())
+            model = next(iter(self.trained.values()))[0]
+            weights = get_model_state_dict(model, options=StateDictOptions(
+                full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else None
+            if self.rank == 0:
+                model.save_pretrained(part, state_dict=weights)
+                model.config.save_pretrained(part)  # an adapter comes without it
+                self.tokenizer.save_pretrained(part)
+                write_json(part / "resume/state.json", self.state)
+                part.rename(folder)
+                for _, old in self.checkpoints()[:-self.args.keep_checkpoints]:
+                    shutil.rmtree(old)
+        except (Exception, dcp.api.CheckpointException) as error:  # each library has its own
+            shutil.rmtree(part, ignore_errors=True)
+            raise UserError(f"{folder}: not written: {last_line(error)} (earlier checkpoints are "
+                            "untouched)")
+        if self.stopped:
+            print(f"stopped after step {step}; to continue: --resume {self.dir}")
+        if step == self.steps:
+            print(f"the trained model is in {folder}")
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the complete checkpoints, the newest last."""
+        return sorted((int(folder.name.rpartition("-")[2]), folder)
+                      for folder in self.dir.glob("checkpoint-*") if folder.suffix != ".part")
+
+    def _tensors(self) -> dict:
+        """Weights and AdamW moments by name; the moments are zero before the first update."""
+        tensors = {}
+        for name, (model, optimizer, _) in self.trained.items():
+            for key, weight in model.named_parameters():
+                if weight.requires_grad:
+                    moments = optimizer.state[weight]
+                    if not moments:
+                        moments |= {"step": torch.zeros((), device=weight.device),
+                                    "exp_avg": torch.zeros_like(weight),
+                                    "exp_avg_sq": torch.zeros_like(weight)}
+                    tensors[f"{name}.{key}"] = weight.detach()
+                    tensors |= {f"{name}.{key}.{k}": v.detach() for k, v in moments.items()}
+        return tensors
+
+
+def versions(device) -> dict:
+    """What a run ran with; the commit where the scripts are in a git checkout."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True) if shutil.which("git") else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "device": f"{device} ({name})",
+            "processes": dist.get_world_size() if dist.is_initialized() else 1,
+            "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+
+
+def last_line(error: BaseException) -> str:
+    """torch.distributed ends its messages with the reason."""
+    return first_line(Exception(*str(error).strip().splitlines()[-1:]))
+
+
+def read_json(path: Path, where: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {path} cannot be read: {first_line(error)}")
+
+
+def json_lines(rows: list[dict]) -> str:
+    """Rows as lines of JSON, which has no nan: such values are left out."""
+    return "".join(json.dumps({name: value for name, value in row.items() if value == value})
+                   + "\n" for row in rows)
+
+
+def write_json(path: Path, value: dict):
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str):
+    """Writes a file so that a kill leaves the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.rename(path)

@@ -1,0 +1,1 @@
+"""What several tests need, by the folder of the tests: unit, exact, runs, repo."""
