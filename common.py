@@ -23,8 +23,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequence
 
 
 class UserError(Exception):
-    """A mistake in a flag, a file, a model or a reward function. The message says what is wrong
-    and what to do; the command line prints it as one line."""
+    """A mistake in a flag, a file, a model or a reward function; one line says what to do."""
 
 
 def first_line(error: BaseException) -> str:
@@ -49,7 +48,8 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        opened = gzip.open if path.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as file:
             lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as text: {error}")
@@ -92,8 +92,8 @@ def read_prompts(path: str, column: str = "prompt") -> list[dict]:
         elif "chosen" in row and "rejected" in row:
             prompt, _, _ = split_pair(where, row["chosen"], row["rejected"])
         else:
-            raise UserError(f"{where}: no column {column!r}, only {', '.join(row)}: name yours "
-                            "with --prompt-column")
+            raise UserError(f"{where}: no column {column!r}, only {', '.join(row)}: "
+                            "set --prompt-column")
         check_prompt(where, prompt, column)
         if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
             raise UserError(f"{where}: the prompt ends with the assistant's turn")
@@ -107,7 +107,7 @@ def read_pairs(path: str, column: str = "prompt") -> list[dict]:
     rows = []
     for where, row in read_rows(path):
         if "chosen" not in row or "rejected" not in row:
-            raise UserError(f"{where}: pairs need the columns 'chosen' and 'rejected', not only "
+            raise UserError(f"{where}: pairs need columns 'chosen' and 'rejected', not only "
                             f"{', '.join(row)}")
         prompt, chosen, rejected = row.get(column), row["chosen"], row["rejected"]
         if prompt is None or is_conversation(chosen) and len(chosen) > 1:
@@ -131,27 +131,24 @@ def split_pair(where: str, chosen, rejected) -> tuple:
     """
     if is_conversation(chosen) and is_conversation(rejected):
         if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
-            raise UserError(f"{where}: chosen and rejected must be the same messages except for "
-                            "the last one")
+            raise UserError(f"{where}: chosen and rejected differ before their last message")
         return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings, or both lists "
-                        "of messages")
+        raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings, or lists")
     same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b),
                 min(len(chosen), len(rejected)))
     turn = chosen.rfind("\n\nAssistant:", 0, same)
     cut = turn + len("\n\nAssistant:") if turn >= 0 else chosen.rfind(" ", 0, same)
     if cut <= 0:
-        raise UserError(f"{where}: no 'prompt', and chosen and rejected have no beginning in "
-                        "common")
+        raise UserError(f"{where}: no 'prompt', and chosen and rejected share no beginning")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 # --- tokenization
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model folder or hub id; without a pad token it pads with the eos token
-    (masks, not ids, tell what is padding)."""
+    """The tokenizer of a model folder or hub id; without a pad token it pads with the end of
+    sequence, since masks tell what is padding."""
     check_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -192,7 +189,7 @@ def render(tokenizer, prompt, completion: str | None = None) -> str:
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=completion is None)
-    except Exception as error:  # templates raise anything, such as on roles that do not alternate
+    except Exception as error:  # templates raise anything, as on roles that do not alternate
         raise UserError(f"{tokenizer.name_or_path}: its chat template refuses the prompt "
                         f"{str(prompt)[:60]!r}: {first_line(error)}")
 
@@ -205,8 +202,8 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, each with its `prompt_ids`."""
     room = context_length(args.model) - args.max_new_tokens
-    rows = encode_prompts(tokenizer, read_prompts(args.data, args.prompt_column), args.data, room,
-                          args.max_prompt_tokens)
+    rows = read_prompts(args.data, args.prompt_column)
+    rows = encode_prompts(tokenizer, rows, args.data, room, args.max_prompt_tokens)
     if not args.eval_data:
         return hold_out(rows, args.eval_prompts, args.data, "--eval-prompts")
     eval_rows = read_prompts(args.eval_data, args.prompt_column)[:args.eval_prompts]
@@ -226,7 +223,7 @@ def hold_out(rows: list, n: int, path: str, flag: str) -> tuple[list, list]:
     """All rows but the last n, and those n."""
     if len(rows) <= n:
         raise UserError(f"{path}: {len(rows)} rows, and {flag} {n} are held out: lower it, or "
-                        "name held-out rows with --eval-data")
+                        "set --eval-data")
     return rows[:len(rows) - n], rows[len(rows) - n:]
 
 
@@ -320,20 +317,24 @@ def load_config(name: str, **changes):
 
 def context_length(name: str) -> float:
     """How many tokens a model reads at most."""
-    config = load_config(name).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    return max_positions(load_config(name))
+
+
+def max_positions(config) -> float:
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def load_model(auto_class, name: str, device, **config_changes):
-    """(model, names of the weights it did not come with), in float32, from safetensors, without
+    """(model, names of the weights it came without), in float32, from safetensors, without
     dropout. A LoRA adapter is loaded with its base model and merged into it."""
     config = load_config(name, **config_changes)
     base, adapter = name, Path(name) / "adapter_config.json"
     try:
         if adapter.is_file():
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
-            vocab_size = config.get_text_config().vocab_size  # the base may have had fewer
-            config.get_text_config().vocab_size = load_config(base).get_text_config().vocab_size
+            text_config = config.get_text_config()
+            vocab_size = text_config.vocab_size  # the base may have had fewer tokens
+            text_config.vocab_size = load_config(base).get_text_config().vocab_size
         model, loading = auto_class.from_pretrained(
             base, config=config, dtype=torch.float32, use_safetensors=True,
             output_loading_info=True)
@@ -346,15 +347,13 @@ def load_model(auto_class, name: str, device, **config_changes):
             model = model.merge_and_unload()
             missing = [key for key in missing if key.partition(".")[0] not in heads]
             unexpected = [f"{head}.weight" for head in heads if not hasattr(model, head)]
-    except UserError:
-        raise
     except ImportError:
         raise UserError(f"{name}: is a LoRA adapter: pip install peft")
     except Exception as error:
         kind = auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"{name}: does not load as a {kind} model: {first_line(error)}")
     other_head = [key for key in unexpected if key.startswith(("score.", "classifier."))]
-    if other_head and auto_class is AutoModelForCausalLM:  # tied embeddings would pass for a head
+    if other_head and auto_class is AutoModelForCausalLM:  # tied embeddings pass for a head
         raise UserError(f"{name}: not a causal LM: it has another head, {other_head[0]}")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # some heads have one that no config names
@@ -391,6 +390,9 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
     row's first token, so that padding changes nothing. Rows with the same prompt share its
     forward pass; their gradients add up through the cache.
     """
+    def positions(mask):
+        return (mask.cumsum(1) - 1).clamp(min=0)
+
     P, T = prompt_ids.shape[1], completion_ids.shape[1]
     ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]  # (B, P + T - 1)
     attention_mask = torch.cat([prompt_mask, mask], 1)[:, :-1]  # (B, P + T - 1)
@@ -402,25 +404,20 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
     if P == 1 or len(prompts) == len(ids) or checkpointing or dist.is_initialized():
         # move each row to the left: padding then comes last, where no token attends to it
         first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
-        positions = torch.arange(int(attention_mask.sum(1).max()), device=ids.device)[None]
-        output = network(input_ids=ids.gather(1, (positions + first).clamp(max=P + T - 2)),
-                         position_ids=positions, use_cache=False)[0]  # (B, longest row, ·)
+        place = torch.arange(int(attention_mask.sum(1).max()), device=ids.device)[None]
+        output = network(input_ids=ids.gather(1, (place + first).clamp(max=P + T - 2)),
+                         position_ids=place, use_cache=False)[0]  # (B, longest row, ·)
         before = torch.arange(P - 1, P + T - 1, device=ids.device) - first  # (B, T)
         return output[torch.arange(len(ids), device=ids.device)[:, None],
                       before.clamp(max=output.shape[1] - 1)]
-    prompt_mask, prompt_ids = prompts[:, :P - 1], prompts[:, P:-1]  # (prompts, P - 1), each once
+    prompt_mask, prompt_ids = prompts[:, :P - 1], prompts[:, P:-1]  # (prompts, P - 1)
     cache = DynamicCache(config=network.config)
     network(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True,
-            position_ids=positions_of(prompt_mask), **cache_argument(network, cache))
+            position_ids=positions(prompt_mask), **cache_argument(network, cache))
     cache.batch_select_indices(prompt_of)  # (B, ...)
     return network(input_ids=ids[:, P - 1:], attention_mask=attention_mask, use_cache=True,
-                   position_ids=positions_of(attention_mask)[:, P - 1:],
+                   position_ids=positions(attention_mask)[:, P - 1:],
                    **cache_argument(network, cache))[0]
-
-
-def positions_of(mask):
-    """Position of each token, counted from the first one that is not padding, (B, P)."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def cache_argument(model, cache) -> dict:
@@ -443,7 +440,7 @@ def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask,
     return logprobs_of_whole(model, *tokens, temperature)
 
 
-def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temperature: float):
+def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temperature):
     """completion_logprobs of a model whose weights are all in this process."""
     rows = trim_padding(prompt_ids, prompt_mask, completion_ids, mask)
     in_completion = rows[-1].bool()
@@ -464,8 +461,8 @@ LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: 441 tokens of a vocabulary of 151,
 
 
 def token_logprobs(hidden, tokens, head, temperature: float):
-    """Log-prob of each token and the entropy there, two (N,) float32, from hidden states (N, D)
-    or logits (N, V), tokens (N,), and the head that makes logits of them."""
+    """Log-prob of each token and the entropy there, two (N,) float32. hidden: (N, D); tokens:
+    (N,); head: makes logits (N, V)."""
     log_softmax = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
     with torch.no_grad():
         entropy = -(log_softmax.exp() * log_softmax).sum(-1)
@@ -479,9 +476,10 @@ def has_plain_head(model) -> bool:
     if not hasattr(model, "plain_head"):
         ids = torch.arange(4, device=model.device)[None]
         logits = model(input_ids=ids, use_cache=False).logits
-        plain = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False)[0])
-        model.plain_head = torch.allclose(plain, logits, rtol=0,
-                                          atol=1e-5 * logits.abs().max().item())
+        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
+        model.plain_head = torch.allclose(
+            model.get_output_embeddings()(hidden), logits, rtol=0,
+            atol=1e-5 * logits.abs().max().item())
     return model.plain_head
 
 
@@ -503,8 +501,8 @@ def rollout_logprobs(model, rollout: Rollout, micro_batches: list, temperature: 
 
 def micro_batches(lengths, tokens: int, rows=None) -> list[torch.Tensor]:
     """Row numbers in groups for one pass each, the longest rows first, so that what does not
-    fit in memory fails at once. A group has at most `tokens` with its padding (or one row), and
-    no row shorter than 0.7 of its longest, since padding costs what tokens cost.
+    fit in memory fails at once. A group has at most `tokens`, padding included (or one row),
+    and no row shorter than 0.7 of its longest, since padding costs what tokens cost.
 
     lengths: (B,). rows: some of 0 to B - 1 (default: all).
     """
@@ -520,16 +518,18 @@ def micro_batches(lengths, tokens: int, rows=None) -> list[torch.Tensor]:
 
 
 def kl_estimate(logprobs, ref_logprobs, estimator: str = "k1"):
-    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy, in nats.
+    """Per-token estimates of KL(policy || reference) at tokens sampled from the policy.
 
-    With d = log pi - log pi_ref (Schulman 2020, "Approximating KL divergence"), as a value:
+    With d = log pi - log pi_ref, in nats (Schulman 2020, "Approximating KL divergence"), as a
+    value:
       k1 = d                  unbiased, high variance, may be negative
       k2 = d^2 / 2            biased (second order in the distance), never negative
       k3 = exp(-d) - 1 + d    unbiased, low variance near d = 0, never negative
     As a loss, differentiated with the sampled tokens fixed, the expected gradient is
       k1: zero (E[grad log pi] = 0), so never use k1 in a loss
       k2: that of KL(policy || reference), the same as k1 in the reward
-      k3: that of KL(reference || policy); times the ratio pi / pi_old, of KL(policy || reference)
+      k3: that of KL(reference || policy); times the ratio pi / pi_old, that of
+          KL(policy || reference)
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
@@ -556,8 +556,8 @@ def masked_whiten(values, mask, mean=masked_mean):
 def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     """reward(rows, completions) -> (B,) float32, nan where a function returned None.
 
-    name: folder or hub id of a sequence-classification model with one label, applied to text in
-    its own chat template, with `tokens` per micro-batch; or file.py:function, called as TRL
+    name: folder or hub id of a sequence-classification model with one label, applied to text
+    in its own chat template, with `tokens` per micro-batch; or file.py:function, called as TRL
     calls it: with `prompts`, `completions` and the rows' other columns.
     """
     if re.search(r"\.py:\w+$", name):
@@ -590,10 +590,10 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192) -> torch
     """(B,) float32 scores of rendered conversations, with `tokens` per micro-batch."""
     rows = encode(tokenizer, texts)
     lengths = torch.tensor([len(row) for row in rows])
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = max_positions(model.config)
     if lengths.max() > limit:
-        raise UserError(f"{tokenizer.name_or_path}: a conversation of {lengths.max()} tokens is "
-                        f"longer than the reward model's context of {limit}: lower "
+        raise UserError(f"{tokenizer.name_or_path}: a conversation of {lengths.max()} tokens "
+                        f"does not fit the reward model's context of {limit}: lower "
                         "--max-new-tokens, or set --max-prompt-tokens")
     scores = torch.zeros(len(rows), device=model.device)
     for part in micro_batches(lengths, tokens):
@@ -606,7 +606,7 @@ def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
     last token. These heads have no bias: `reward_bias` in the model's config is added."""
     config = model.config.get_text_config()
     pad_id, last = config.pad_token_id, {row[-1] for row in rows}
-    if pad_id is None:  # transformers reads before the first pad: take a token that ends no row
+    if pad_id is None:  # transformers reads before the first pad: take one that ends no row
         config.pad_token_id = next(i for i in range(config.vocab_size) if i not in last)
     ids, mask = pad(rows, "right", model.device, config.pad_token_id)
     no_cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}

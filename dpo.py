@@ -1,28 +1,33 @@
 """DPO: direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
-Learns from pairs of answers, one chosen and one rejected, without a reward model and without
-sampling. The optimum of E[r] - beta * KL is pi* = pi_ref exp(r / beta) / Z, so a policy is the
-optimum of the reward beta * log(pi / pi_ref), which is fitted to the pairs as a reward model is:
+Learns from pairs of answers, one chosen and one rejected, without a reward
+model and without sampling. The optimum of E[r] - beta * KL is
+pi* = pi_ref exp(r / beta) / Z, so a policy is the optimum of the reward
+beta * log(pi / pi_ref), which is fitted to the pairs as a reward model is:
 
-    minimize   E[ -log sigmoid(beta * (h_w - h_l)) ]        h = log pi(y | x) - log pi_ref(y | x)
+    minimize   E[ -log sigmoid(beta * (h_w - h_l)) ]
+    h = log pi(y | x) - log pi_ref(y | x)
 
---loss-type has hinge (SLiC, Zhao et al. 2023, arXiv:2305.10425), ipo (Azar et al. 2023,
-arXiv:2310.12036) and simpo (Meng et al. 2024, arXiv:2405.14734).
+--loss-type has hinge (SLiC, Zhao et al. 2023, arXiv:2305.10425), ipo (Azar et
+al. 2023, arXiv:2310.12036) and simpo (Meng et al. 2024, arXiv:2405.14734).
 
 Differences from the papers:
 
-1. The reference is the initial policy. DPO's authors first train it on the chosen answers;
-   --sft-weight does so on the way (Pang et al. 2024, arXiv:2404.19733).
-2. IPO takes sums of log-probs, as in its paper's eq. 17. TRL takes means, which here is
-   --length-normalize; beta then has to be larger by the number of tokens of an answer.
-3. An answer ends with one end-of-sequence token, which counts; one that is cut has none.
+1. The reference is the initial policy. DPO's authors first train it on the
+   chosen answers; --sft-weight does so on the way (Pang et al. 2024,
+   arXiv:2404.19733).
+2. IPO takes sums of log-probs, as in its paper's eq. 17. TRL takes means, which
+   here is --length-normalize; beta then has to be larger by the number of
+   tokens of an answer.
+3. An answer ends with one end-of-sequence token, which counts; one that is cut
+   has none.
 
     python dpo.py                                   # the tiny world: a minute on a laptop
     python dpo.py --model MODEL --data PAIRS.jsonl --lr 1e-6
 
-Watch logprob_chosen: it may fall while the margin grows, and what neither answer says then
-gains. eval_kl: DPO goes far from the reference without sampling. eval_accuracy next to
-accuracy: overfitting.
+Watch logprob_chosen: it may fall while the margin grows, and what neither
+answer says then gains. eval_kl: DPO goes far from the reference without
+sampling. eval_accuracy next to accuracy: overfitting.
 """
 import math
 from dataclasses import dataclass
@@ -33,15 +38,15 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 
 from common import (UserError, completion_logprobs, context_length, encode, encode_prompts,
-                    eos_token_ids, load_causal_lm, load_pairs, load_tokenizer, pad, read_prompts,
-                    render)
+                    eos_token_ids, load_causal_lm, load_pairs, load_tokenizer, pad,
+                    read_prompts, render)
 from evaluation import Evaluator, sample_with_generate
-from runtime import (NonNegFloat, NonNegInt, PosFloat, PosInt, Run, RunArgs, Smoothing,
-                     all_sum, cli, global_means, reference_mode)
+from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, SampleArgs,
+                     Smoothing, all_sum, cli, global_means, reference_mode)
 
 
 @dataclass
-class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.py
+class Args(PairArgs, SampleArgs):  # flags that are not the algorithm's: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     data: str = "tiny/preferences.jsonl"
@@ -51,13 +56,11 @@ class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.
     pairs_per_step: PosInt = 32
     """pairs per update (32 to 256)"""
     max_tokens: NonNegInt = 0
-    """cut longer conversations: the prompt's beginning, then the answer's end (0: the context)"""
+    """longer conversations lose the prompt's beginning, then the answer's end (0: context)"""
     beta: PosFloat = 0.1
     """KL coefficient, in reward per nat (0.01 to 0.5; simpo: 2 to 10)"""
     lr: PosFloat = 3e-4
     """AdamW's peak learning rate (real models: 1e-7 to 5e-6)"""
-    warmup: NonNegInt = 10
-    """updates of linear warmup (a tenth of all)"""
 
     # --- flags of the algorithm
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
@@ -74,37 +77,17 @@ class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.
     """weight of the chosen answers' negative log-likelihood per token (0.1 to 1)"""
 
     # --- flags of evaluation
-    eval_data: str = ""
-    """held-out pairs (default: the last --eval-pairs rows of --data, not trained on)"""
-    eval_pairs: PosInt = 600
-    """number of held-out pairs"""
     sample_data: str = ""
-    """prompts to sample completions for (default: those of the held-out pairs)"""
-    gold: str = ""
-    """reward of these completions: folder or hub id of a reward model, or file.py:function"""
-    reference: str = ""
-    """model that the KL is measured against (default: --model)"""
-    eval_prompts: NonNegInt = 300
-    """number of prompts to sample completions for (0: none)"""
-    eval_samples: PosInt = 1
-    """completions per prompt"""
+    """held-out prompts to sample completions for (default: those of the held-out pairs)"""
     max_new_tokens: PosInt = 48
     """length limit of a completion, in tokens (256 to 8192)"""
     temperature: PosFloat = 1.0
-    """sampling temperature"""
-    generate_batch_size: PosInt = 512
-    """completions sampled at a time: sets memory (64 to 1024 on a GPU)"""
-    eval_every: NonNegInt = 0
-    """steps between evaluations, besides those at the start and the end (0: no others)"""
-    save_every: NonNegInt = 100
-    """steps between checkpoints, besides the one at the end (0: no others)"""
-    log_every: PosInt = 20
-    """steps between printed lines"""
+    """sampling temperature (0.7 to 1.0)"""
 
     def __post_init__(self):
         super().__post_init__()
         if self.loss_type in ("hinge", "ipo") and (self.label_smoothing or self.robust):
-            raise UserError(f"--loss-type {self.loss_type}: has no --label-smoothing or --robust")
+            raise UserError(f"--loss-type {self.loss_type}: no --label-smoothing or --robust")
         if self.data == "tiny/preferences.jsonl":  # the tiny world brings its own
             self.sample_data = self.sample_data or "tiny/heldout.jsonl"
             self.gold = self.gold or "tiny/world.py:gold_reward"
@@ -112,8 +95,9 @@ class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.
 
 # --- the algorithm
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float, loss_type: str = "sigmoid",
-             label_smoothing: float = 0.0, robust: bool = False, margin: float = 0.0):
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float,
+             loss_type: str = "sigmoid", label_smoothing: float = 0.0, robust: bool = False,
+             margin: float = 0.0):
     """Loss of each pair, (B,), from the log-probs (B,) of its answers under policy and
     reference, summed or averaged over their tokens.
 
@@ -154,8 +138,8 @@ def pair_losses(policy, reference, pairs: list[dict], run: Run) -> dict:
         chosen, rejected = pair_logprobs(policy, pairs, run.device)
         with torch.no_grad(), reference_mode(reference):
             ref_chosen, ref_rejected = pair_logprobs(reference, pairs, run.device)
-    n_chosen, n_rejected = (torch.tensor([len(pair[side]) for pair in pairs], device=run.device)
-                            for side in ("chosen_ids", "rejected_ids"))
+    n_chosen = torch.tensor([len(pair["chosen_ids"]) for pair in pairs], device=run.device)
+    n_rejected = torch.tensor([len(pair["rejected_ids"]) for pair in pairs], device=run.device)
     metrics = {"logprob_chosen": chosen.detach(), "logprob_rejected": rejected.detach()}
     sft_loss = -chosen / n_chosen
     if args.length_normalize or args.loss_type == "simpo":
@@ -176,8 +160,8 @@ def pair_losses(policy, reference, pairs: list[dict], run: Run) -> dict:
 # --- pairs and their tokens
 
 def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, eos_ids: list[int]):
-    """Rows with their `prompt_ids`, `chosen_ids` and `rejected_ids`, of at most `longest` tokens
-    in all. Pairs with equal answers are left out."""
+    """Rows with their `prompt_ids`, `chosen_ids` and `rejected_ids`, a conversation of at most
+    `longest` tokens. Pairs with equal answers are left out."""
     prompts = encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows])
     chosen, rejected = (
         encode(tokenizer, [render(tokenizer, row["prompt"], row[side]) for row in rows])
@@ -200,8 +184,8 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, eos_ids
             pairs.append({**row, "prompt_ids": kept_prompt, "chosen_ids": kept[0],
                           "rejected_ids": kept[1]})
     if n_equal or n_cut:
-        print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and {n_equal} "
-              "left out because their answers are equal")
+        print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and "
+              f"{n_equal} left out because their answers are equal")
     if not pairs:
         raise UserError(f"{path}: no pair is left to learn from")
     return pairs
@@ -215,7 +199,8 @@ def end_once(answer: list[int], eos_ids: list[int], eos_id: int) -> list[int]:
 
 def pair_length(pair: dict) -> int:
     """Tokens of a pair in a micro-batch, with padding."""
-    return 2 * (len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])))
+    longer = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+    return 2 * (len(pair["prompt_ids"]) + longer)
 
 
 # --- evaluation
@@ -249,7 +234,8 @@ def main(args: Args):
     eos_ids = eos_token_ids(policy, tokenizer).tolist()
     longest = min(args.max_tokens or 2**31, context_length(args.model))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, eos_ids)
-    eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest, eos_ids)
+    eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
+                             eos_ids)
     prompts = (read_prompts(args.sample_data, args.prompt_column) if args.sample_data
                else eval_rows)[:args.eval_prompts]
     room = context_length(args.model) - args.max_new_tokens
@@ -286,7 +272,8 @@ def main(args: Args):
         # 3. log, evaluate, save
         run.log(step, {**global_means(metrics), "grad_norm": grad_norm, "lr": lr})
         if run.due(args.eval_every, step):
-            evaluate(step, policy, reference, evaluate_pairs(policy, reference, eval_rows, run))
+            metrics = evaluate_pairs(policy, reference, eval_rows, run)
+            evaluate(step, policy, reference, metrics)
         if run.due(args.save_every, step):
             run.save(step)
         if run.stopped:  # Ctrl-C

@@ -22,14 +22,14 @@ class Evaluator:
         self.rewards = {"reward": reward} if reward else {}
         if run.args.gold:
             self.rewards["gold"] = run.load_reward(run.args.gold)
-        self.baseline = []  # the reference's completions, sampled once and kept in the run's folder
+        self.baseline = []  # the reference's completions, sampled once
         path = run.dir / "baseline.jsonl"
         if run.args.resume and path.exists():
             self.baseline = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             prompts = [row["prompt"] for row in rows for _ in range(run.args.eval_samples)]
             if [row["prompt"] for row in self.baseline] != prompts:
-                raise UserError(f"--resume {run.dir}: other held-out prompts than when the run "
-                                "began: keep --eval-data, --eval-prompts and --eval-samples")
+                raise UserError(f"--resume {run.dir}: other held-out prompts than before: "
+                                "keep --eval-data, --eval-prompts and --eval-samples")
 
     def __call__(self, step: int, policy, reference, metrics=()):
         """Logs an evaluation, with the script's own metrics of it."""
@@ -100,8 +100,9 @@ def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int
     that do not sample in training. The model's own generation_config changes nothing here."""
     eos_ids = eos_token_ids(model, tokenizer, model.device)
     own, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, eos_token_id=eos_ids.tolist(),
-        max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+        eos_token_id=eos_ids.tolist(), max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", model.device)
     completion_ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
     model.eval()
@@ -128,11 +129,13 @@ def wilson_interval(mean: float, n: int, z: float = 1.96) -> tuple[float, float]
 
 
 def length_controlled_win_rate(wins, longer, z: float = 1.96) -> tuple[float, float, float]:
-    """Win rate at equal length, and its interval (Dubois et al. 2024, arXiv:2404.04475, sec. 3).
+    """Win rate at equal length, and its interval (Dubois et al. 2024, arXiv:2404.04475, sec.
+    3).
 
     wins: (B,), 1, 0, or 0.5 for a tie. longer: (B,), how many tokens longer. Fits P(win) =
-    sigmoid(a + b tanh(longer / std)) by Newton's method with a normal prior of std 3 on a and b;
-    sigmoid(a) is the rate. Their term for a prompt's difficulty needs many models: left out.
+    sigmoid(a + b tanh(longer / std)) by Newton's method with a normal prior of std 3 on a and
+    b; sigmoid(a) is the rate. Without their term for a prompt's difficulty (it takes many
+    models to fit).
     """
     spread = longer.std(correction=0).clamp(min=1e-6)
     x = torch.stack([torch.ones_like(longer), (longer / spread).tanh()], 1)  # (B, 2)
@@ -167,8 +170,8 @@ def win_rates(ahead, longer, samples: int = 1) -> dict[str, float]:
 
 
 def pass_at_k(correct, k: int):
-    """Unbiased P(at least one of k samples is correct), (prompts,), from n >= k samples of each
-    prompt (Chen et al. 2021, arXiv:2107.03374, eq. 1). correct: (prompts, n), 0 or 1."""
+    """Unbiased P(at least one of k samples is correct), (prompts,), from n >= k samples each
+    (Chen et al. 2021, arXiv:2107.03374, eq. 1). correct: (prompts, n), 0 or 1."""
     n, wrong = correct.shape[1], (1 - correct).sum(1)
     none = torch.ones_like(wrong, dtype=torch.float64)
     for i in range(k):  # C(wrong, k) / C(n, k), factor by factor
@@ -205,6 +208,7 @@ def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
         raise UserError("--reward: it left out every completion of a step")
     groups = scores.view(-1, group_size)
     flat = groups.amax(1) - groups.amin(1) < 1e-4
+    all_right = flat & ((groups[:, 0] - 1).abs() < 1e-4)
     return {"reward": scores.nanmean(), **({"kl": kl[0].mean()} if kl else {}),
             "length": lengths.mean(), "truncated": truncated.mean(),
             "entropy": entropy.sum() / lengths.sum(),
@@ -212,12 +216,12 @@ def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
             "length_correlation": length_correlation(scores, lengths, group_size),
             "distinct_3": distinct.nanmean(), "unscored": scores.isnan().double().mean(),
             "zero_std_groups": flat.double().mean(),
-            "zero_std_groups_right": (flat & ((groups[:, 0] - 1).abs() < 1e-4)).double().mean()}
+            "zero_std_groups_right": all_right.double().mean()}
 
 
 def length_correlation(scores, lengths, group_size: int) -> float:
-    """Pearson correlation of score and length within groups; 0 if one of them is constant. Near
-    1, the reward pays for length."""
+    """Pearson correlation of score and length within groups; 0 if one of them is constant.
+    Near 1, the reward pays for length."""
     valid = ~scores.isnan()
     lengths = torch.where(valid, lengths.to(scores.dtype), math.nan)
     means = (x.view(-1, group_size).nanmean(1).repeat_interleave(group_size)

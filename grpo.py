@@ -1,7 +1,8 @@
-"""GRPO: group relative policy optimization (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
+"""GRPO: group relative policy optimization (Shao et al. 2024, DeepSeekMath,
+arXiv:2402.03300).
 
-Samples a group of completions for each prompt and scores them. The advantage of a completion
-is how much better it scored than the rest of its group, so no critic is needed:
+Samples a group of completions for each prompt and scores them. The advantage of
+a completion is how much better it scored than its group, so no critic is needed:
 
     maximize   E[ mean over t of min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) ]
                - beta * KL(policy || reference)
@@ -12,18 +13,19 @@ is how much better it scored than the rest of its group, so no critic is needed:
 Differences from the paper:
 
 1. The reference is the initial policy throughout; it is never refreshed.
-2. The std is the sample's (n - 1), plus 1e-4, so that equal rewards give advantage 0.
+2. The std is the sample's (n - 1), plus 1e-4: equal rewards give advantage 0.
 3. Outcome rewards only, no process rewards.
 
---loss-type has DAPO, Dr. GRPO, GSPO and CISPO. The exact gradient of E[r] - beta * KL is
---kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
+--loss-type has DAPO, Dr. GRPO, GSPO and CISPO. The exact gradient of
+E[r] - beta * KL is --kl-in-reward --scale-rewards none --loss-type dr_grpo
+(docs/convergence.md).
 
     python grpo.py                                  # the tiny world: a minute on a laptop
     python grpo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
 
-Watch eval_gold (or your own held-out measure) next to reward: if only reward rises, it is
-being hacked. length_correlation far above 0: the reward pays for length. zero_std_groups near
-1: the prompts are too easy or too hard.
+Watch eval_gold (or your own held-out measure) next to reward: if only reward
+rises, it is being hacked. length_correlation far above 0: the reward
+pays for length. zero_std_groups near 1: the prompts are too easy or too hard.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -33,15 +35,15 @@ import torch.nn.functional as F
 from transformers import DynamicCache, get_scheduler
 
 from common import (Rollout, UserError, cache_argument, completion_logprobs, eos_token_ids,
-                    kl_estimate, load_causal_lm, load_prompts, load_tokenizer, masked_mean, pad,
-                    rollout_logprobs)
+                    kl_estimate, load_causal_lm, load_prompts, load_tokenizer, masked_mean,
+                    pad, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics
 from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run, all_sum, cli,
                      reference_mode)
 
 
 @dataclass
-class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, in runtime.py
+class Args(OnPolicyArgs):  # flags that are not the algorithm's: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     reward: str = "tiny/reward_model"
@@ -88,7 +90,7 @@ class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, i
     def __post_init__(self):
         super().__post_init__()
         if self.group_size < 2:
-            raise UserError("--group-size: a group of 1 is its own mean, so its advantage is 0")
+            raise UserError("--group-size: a group of 1 has advantage 0: use 2 or more")
 
 
 # --- the algorithm
@@ -261,7 +263,8 @@ def main(args: Args):
         run.phase("logprobs")
         batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            old_logprobs, entropy = rollout_logprobs(  # (B, T) each; 0 until the update if one_pass
+            # (B, T) each; with one_pass they are 0 until the update
+            old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if one_pass else batches, args.temperature)
             ref_logprobs = old_logprobs  # without a reference the KL is 0
             if reference is not None:
@@ -297,7 +300,8 @@ def main(args: Args):
                         args.loss_type, args.clip_low, args.clip_high)
                     if args.beta > 0 and not args.kl_in_reward:
                         loss = loss + args.beta * kl_loss(
-                            logprobs, old_logprobs[rows], ref_logprobs[rows], args.kl_estimator)
+                            logprobs, old_logprobs[rows], ref_logprobs[rows],
+                            args.kl_estimator)
                     loss = (loss * weights[rows]).sum()
                     loss.backward()
                     loss_sum += loss.detach()

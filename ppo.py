@@ -1,9 +1,9 @@
-"""PPO for language models (Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019,
-arXiv:1909.08593; Ouyang et al. 2022, InstructGPT, arXiv:2203.02155).
+"""PPO for language models (Schulman et al. 2017, arXiv:1707.06347; Ziegler et
+al. 2019, arXiv:1909.08593; Ouyang et al. 2022, InstructGPT, arXiv:2203.02155).
 
-Every token is an action. Its reward is minus its share of the KL, and on the last token also
-the completion's score. A critic predicts the reward still to come, and the advantage of a
-token is how much better things went than predicted:
+Every token is an action. Its reward is minus its share of the KL, and on the
+last token also the completion's score. A critic predicts the reward still to
+come, and a token's advantage is how much better things went than predicted:
 
     maximize   E[ mean over t of min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t) ]
 
@@ -14,20 +14,20 @@ token is how much better things went than predicted:
 
 Differences from the papers:
 
-1. The critic is a model of its own with its own learning rate, not a head of the policy.
+1. The critic is a model with its own learning rate, not a head of the policy.
 2. No pretraining term (InstructGPT's PPO-ptx) and no entropy bonus.
 3. A completion cut at --max-new-tokens ends there; nothing is bootstrapped.
-4. The mean is over all tokens of an update, and whitening over all tokens of a rollout.
+4. The mean is over all tokens of an update; whitening, over those of a rollout.
 
-With gamma 1, no whitening, and an exact critic or lambda 1, the gradient of one update is that
-of E[r] - beta * KL, up to a factor (docs/convergence.md).
+With gamma 1, no whitening, and an exact critic or lambda 1, the gradient of one
+update is that of E[r] - beta * KL, up to a factor (docs/convergence.md).
 
     python ppo.py                                   # the tiny world: a minute on a laptop
     python ppo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6 --critic-lr 1e-5
 
-Watch eval_gold (or your own held-out measure) next to reward: if only reward rises, it is
-being hacked. explained_variance near or below 0: the critic knows nothing yet. approx_kl and
-the clip fractions: how far the updates of one rollout go.
+Watch eval_gold (or your own held-out measure) next to reward: if only reward
+rises, it is being hacked. explained_variance near or below 0: the critic
+knows nothing yet. approx_kl, clip_fraction: how far a rollout's updates go.
 """
 from dataclasses import dataclass
 
@@ -36,16 +36,17 @@ import torch.nn.functional as F
 from transformers import (AutoModelForSequenceClassification, AutoModelForTokenClassification,
                           DynamicCache, get_scheduler)
 
-from common import (Rollout, UserError, cache_argument, completion_logprobs, completion_outputs,
-                    context_length, eos_token_ids, kl_estimate, load_causal_lm, load_model,
-                    load_prompts, load_tokenizer, masked_whiten, pad, rollout_logprobs)
+from common import (Rollout, UserError, cache_argument, completion_logprobs,
+                    completion_outputs, context_length, eos_token_ids, kl_estimate,
+                    load_causal_lm, load_model, load_prompts, load_tokenizer, masked_whiten,
+                    pad, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
 
 
 @dataclass
-class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, in runtime.py
+class Args(OnPolicyArgs):  # flags that are not the algorithm's: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     reward: str = "tiny/reward_model"
@@ -95,7 +96,7 @@ class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, i
     value_clip: NonNegFloat = 0.2
     """the updates of a rollout move a value by at most this (0: no clipping)"""
     target_kl: NonNegFloat = 0.0
-    """end a rollout's updates at this KL from the old policy (0.01 to 0.1 per token; 0: never)"""
+    """end a rollout's updates at this KL per token from the old policy (0.01 to 0.1; 0: no)"""
     kl_target: NonNegFloat = 0.0
     """adapt beta to keep the KL near this, in nats per completion (6; 0: beta is fixed)"""
     kl_horizon: PosInt = 10_000
@@ -161,7 +162,7 @@ def adapted_beta(beta: float, kl: float, completions: int, args) -> float:
 
 
 def completion_values(critic, prompt_ids, prompt_mask, completion_ids, mask):
-    """The critic's value before each completion token, float32 (B, T), 0 where the mask is 0."""
+    """The critic's value before each completion token, float32 (B, T), 0 where mask is 0."""
     outputs = completion_outputs(critic, prompt_ids, prompt_mask, completion_ids, mask)
     return outputs[..., 0].float() * mask
 
@@ -193,7 +194,8 @@ def load_critic(args: Args, reward, tokenizer, device):
     if context_length(name) < context_length(args.model):
         raise UserError(f"--critic {name}: its context is shorter than the policy's")
     print(f"the critic starts from {name}")
-    scorer, missing = load_model(AutoModelForSequenceClassification, name, device, num_labels=1)
+    scorer, missing = load_model(AutoModelForSequenceClassification, name, device,
+                                 num_labels=1)
     critic = AutoModelForTokenClassification.from_config(scorer.config, dtype=scorer.dtype)
     setattr(critic, critic.base_model_prefix, scorer.base_model)
     critic.dropout.p = 0.0
@@ -311,7 +313,8 @@ def main(args: Args):
         run.phase("logprobs")
         batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            old_logprobs, entropy = rollout_logprobs(  # (B, T) each; 0 until the update if one_pass
+            # (B, T) each; with one_pass they are 0 until the update
+            old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if one_pass else batches, args.temperature)
             ref_logprobs = old_logprobs  # without a reference the KL is 0
             if reference is not None:
@@ -370,8 +373,8 @@ def main(args: Args):
                     loss_sum += loss.detach()
                     clipped_low += (low * loss_mask[rows]).sum()
                     clipped_high += (high * loss_mask[rows]).sum()
-                approx_kl = global_mean(kl_estimate(old_logprobs, new_logprobs, "k3")[minibatch],
-                                        loss_mask[minibatch]).item()
+                moved = kl_estimate(old_logprobs, new_logprobs, "k3")  # (B, T)
+                approx_kl = global_mean(moved[minibatch], loss_mask[minibatch]).item()
                 critic_grad_norm += run.clip_grad_norm(critic)
                 critic_optimizer.step()
                 critic_scheduler.step()

@@ -1,33 +1,33 @@
-"""REINFORCE for language models (Williams 1992), and its relatives: RLOO (Ahmadian et al. 2024,
-arXiv:2402.14740), ReMax (Li et al. 2023, arXiv:2310.10505), REINFORCE++ (Hu 2025,
-arXiv:2501.03262).
+"""REINFORCE for language models (Williams 1992), and relatives: RLOO (Ahmadian
+et al. 2024, arXiv:2402.14740), ReMax (Li et al. 2023, arXiv:2310.10505) and
+REINFORCE++ (Hu 2025, arXiv:2501.03262).
 
-A whole completion is one action. Its log-prob is raised by how much better it scored than a
-baseline, so no critic is needed:
+A whole completion is one action. Its log-prob is raised by how much better it
+scored than a baseline, so no critic is needed:
 
-    maximize   E[ r(x, y) - beta * KL ]        with the gradient   E[ A * grad log pi(y | x) ]
+    maximize   E[ r(x, y) - beta * KL ]    by the gradient    E[ A * grad log pi(y | x) ]
 
-    A = R - b      R = r - beta * log(pi(y | x) / pi_ref(y | x))   log pi(y | x): sum over tokens
-    b = 0, or the mean of the group, or of the group's others (leave-one-out: RLOO), or of the
-        steps before, or the score of the greedy completion (ReMax)
+    A = R - b        R = r - beta * log(pi(y | x) / pi_ref(y | x))
+    b = 0, or the mean of the group, of its others (leave-one-out: RLOO), or of past
+        steps, or the score of the greedy completion (ReMax)
 
 Differences from the papers:
 
-1. RLOO's authors make one update per rollout. For more, the gradient is weighted by the
-   completion's ratio pi(y | x) / pi_old(y | x), and stopped where PPO's clip would stop it.
-2. ReMax samples one completion per prompt; here a group shares one greedy completion.
-3. REINFORCE++ is --kl-per-token --whiten: returns per token, normalized over the rollout. Its
-   own code clips the ratio of each token; here it is the completion's.
+1. RLOO's authors make one update per rollout. For more, the gradient is weighted
+   by the completion's ratio pi / pi_old, and stopped where PPO's clip stops it.
+2. ReMax samples one completion per prompt; here a group shares a greedy one.
+3. REINFORCE++ is --kl-per-token --whiten: returns per token, normalized over the
+   rollout. Its own code clips the ratio of each token, this one the completion's.
 
-With any baseline but the group's mean, the gradient is unbiased (docs/convergence.md has its
-variance under each); a mean that includes y itself shrinks the reward's part to (G - 1) / G.
+With any baseline but the group's mean, which shrinks the reward's part of it to
+(G - 1) / G, the gradient is unbiased (docs/convergence.md has its variance).
 
     python reinforce.py                             # the tiny world: a minute on a laptop
     python reinforce.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
 
-Watch eval_gold (or your own held-out measure) next to reward: if only reward rises, it is
-being hacked. length_correlation far above 0: the reward pays for length. advantage_std: what
-the baseline leaves, which is the noise of the gradient.
+Watch eval_gold (or your own held-out measure) next to reward: if only reward
+rises, it is being hacked. length_correlation far above 0: the reward
+pays for length. advantage_std: what the baseline leaves, the gradient's noise.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -37,15 +37,15 @@ import torch.nn.functional as F
 from transformers import DynamicCache, get_scheduler
 
 from common import (Rollout, UserError, cache_argument, completion_logprobs, eos_token_ids,
-                    kl_estimate, load_causal_lm, load_prompts, load_tokenizer, masked_whiten, pad,
-                    rollout_logprobs)
+                    kl_estimate, load_causal_lm, load_prompts, load_tokenizer, masked_whiten,
+                    pad, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
 
 
 @dataclass
-class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, in runtime.py
+class Args(OnPolicyArgs):  # flags that are not the algorithm's: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     reward: str = "tiny/reward_model"
@@ -77,7 +77,7 @@ class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, i
 
     # --- flags of the algorithm
     baseline: Literal["none", "mean", "moving", "loo", "greedy"] = "loo"
-    """none, the group's mean, past steps' mean, the group's others (RLOO), or greedy (ReMax)"""
+    """none, the group's mean, past steps' mean, the group's others (RLOO), greedy (ReMax)"""
     moving_decay: Fraction = 0.9
     """how much of the moving baseline a step keeps"""
     kl_per_token: bool = False
@@ -92,7 +92,7 @@ class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, i
     def __post_init__(self):
         super().__post_init__()
         if self.group_size < 2 and self.baseline in ("loo", "mean"):
-            raise UserError(f"--group-size: --baseline {self.baseline} needs a group of 2 or more")
+            raise UserError(f"--group-size: --baseline {self.baseline} needs 2 or more")
 
 
 # --- the algorithm
@@ -100,10 +100,10 @@ class Args(OnPolicyArgs):  # OnPolicyArgs: flags that are not the algorithm's, i
 def baseline(rewards, group_size: int, kind: str, moving: float = 0.0, greedy=None):
     """What is subtracted from each completion's reward, (B,).
 
-    rewards: (B,), group after group; nan leaves a completion out of the means. moving: the mean
-    reward of past steps. greedy: (B,), the score of the prompt's greedy completion (ReMax,
-    algorithm 1). loo: RLOO (arXiv:2402.14740, eq. 8). All but "mean" are independent of the
-    completion itself, so they do not change the expected gradient.
+    rewards: (B,), group after group; nan leaves a completion out of the means. moving: the
+    mean reward of past steps. greedy: (B,), the score of the prompt's greedy completion
+    (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, eq. 8). All but "mean" are independent
+    of the completion itself, so they do not change the expected gradient.
     """
     groups = rewards.view(-1, group_size)
     if kind == "mean":
@@ -123,7 +123,7 @@ def token_advantages(rewards, baselines, kl, mask, beta: float, kl_per_token: bo
 
     rewards, baselines: (B,), with the completion's KL in both unless kl_per_token. kl: (B, T),
     log pi - log pi_ref. kl_per_token: A_t = r - b - beta * (KL of t and all after), which is
-    the exact gradient too, since a token does not change the KL before it (REINFORCE++, eq. 5).
+    exact, too: a token does not change the KL before it (REINFORCE++, eq. 5).
     """
     advantages = (rewards - baselines)[:, None] * mask
     if kl_per_token:
@@ -248,7 +248,8 @@ def main(args: Args):
         run.phase("logprobs")
         batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            old_logprobs, entropy = rollout_logprobs(  # (B, T) each; 0 until the update if one_pass
+            # (B, T) each; with one_pass they are 0 until the update
+            old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if one_pass else batches, args.temperature)
             ref_logprobs = old_logprobs  # without a reference the KL is 0
             if reference is not None:
@@ -264,7 +265,8 @@ def main(args: Args):
             best = sample(policy, prompts, 1, run, tokenizer, generator=None)
             greedy = reward(prompts, best.texts) - args.truncation_penalty * best.truncated
             greedy = greedy.nan_to_num(0.0).repeat_interleave(args.group_size)  # (B,)
-        baselines = baseline(rewards, args.group_size, args.baseline, run.state["moving"], greedy)
+        baselines = baseline(rewards, args.group_size, args.baseline, run.state["moving"],
+                             greedy)
         scored = ~rewards.isnan()
         mean = global_mean(rewards.nan_to_num(0.0), scored).item()
         kept = args.moving_decay if step > 1 else 0.0

@@ -1,13 +1,16 @@
-"""Reward model, after Bradley and Terry (Ouyang et al. 2022, InstructGPT, arXiv:2203.02155;
-Stiennon et al. 2020, arXiv:2009.01325).
+"""Reward model, after Bradley and Terry (Ouyang et al. 2022, InstructGPT,
+arXiv:2203.02155; Stiennon et al. 2020, arXiv:2009.01325).
 
-Learns from pairs of answers, one chosen and one rejected, a score r(x, y) whose differences
-say how likely people prefer one to the other, P(y_w preferred to y_l) = sigmoid(r_w - r_l):
+Learns from pairs of answers, one chosen and one rejected, a score r(x, y) whose
+differences say how likely people prefer one to the other,
+P(y_w preferred to y_l) = sigmoid(r_w - r_l):
 
-    minimize   E[ -log sigmoid(r_w - r_l - margin) ]  +  centering * E[ (r_w + r_l)^2 ]
+    minimize   E[ -log sigmoid(r_w - r_l - margin) ]
+               + centering * E[ (r_w + r_l)^2 ]
 
-Only differences are learned, so the zero of the scale is free. After training it is put at the
-mean score of the reference's own completions (Stiennon et al. 2020, sec. 3.4).
+Only differences are learned, so the zero of the scale is free. After training
+it is put at the mean score of the reference's own completions (Stiennon et al.
+2020, sec. 3.4).
 
 Differences from InstructGPT:
 
@@ -17,9 +20,9 @@ Differences from InstructGPT:
     python reward_model.py                          # the tiny world: a minute on a laptop
     python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
 
-Watch eval_accuracy next to what the noise of the labels allows. eval_ece: whether its
-probabilities can be believed. eval_length_correlation: a score that is mostly length will be
-hacked by length.
+Watch eval_accuracy next to what the noise of the labels allows. eval_ece:
+whether its probabilities can be believed. eval_length_correlation: a score that
+is mostly length will be hacked by length.
 """
 import math
 from dataclasses import dataclass
@@ -28,15 +31,15 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (UserError, context_length, encode, encode_prompts, load_causal_lm, load_model,
-                    load_pairs, load_tokenizer, render, score_ids, score_texts)
+from common import (UserError, context_length, encode, encode_prompts, load_causal_lm,
+                    load_model, load_pairs, load_tokenizer, render, score_ids, score_texts)
 from evaluation import sample_with_generate
-from runtime import (NonNegFloat, NonNegInt, PosFloat, PosInt, Run, RunArgs, Smoothing, all_sum,
-                     cli, gather_objects, global_means)
+from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Smoothing,
+                     all_sum, cli, gather_objects, global_means)
 
 
 @dataclass
-class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.py
+class Args(PairArgs):  # flags that are not the algorithm's: runtime.py
     model: str = "tiny/policy"
     """initial model: folder or hub id of a causal LM, or of a reward model"""
     data: str = "tiny/preferences.jsonl"
@@ -49,8 +52,6 @@ class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.
     """cut the beginning of longer conversations (0: the context)"""
     lr: PosFloat = 1e-3
     """AdamW's peak learning rate (real models: 1e-6 to 2e-5)"""
-    warmup: NonNegInt = 10
-    """updates of linear warmup (a tenth of all)"""
 
     # --- flags of the algorithm
     margin_column: str = ""
@@ -67,18 +68,8 @@ class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.
     """length limit of these completions, in tokens (256 to 8192)"""
 
     # --- flags of evaluation
-    eval_data: str = ""
-    """held-out pairs (default: the last --eval-pairs rows of --data, not trained on)"""
-    eval_pairs: PosInt = 600
-    """number of held-out pairs"""
     eval_by: str = ""
     """column of the held-out pairs: accuracy is also given for each of its values"""
-    eval_every: NonNegInt = 0
-    """steps between evaluations, besides those at the start and the end (0: no others)"""
-    save_every: NonNegInt = 100
-    """steps between checkpoints, besides the one at the end (0: no others)"""
-    log_every: PosInt = 20
-    """steps between printed lines"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,7 +79,8 @@ class Args(RunArgs):  # RunArgs: flags that are not the algorithm's, in runtime.
 
 # --- the algorithm
 
-def pair_loss(chosen, rejected, margin=0.0, label_smoothing: float = 0.0, centering: float = 0.0):
+def pair_loss(chosen, rejected, margin=0.0, label_smoothing: float = 0.0,
+              centering: float = 0.0):
     """Bradley-Terry loss of each pair, (B,), from the scores of its two answers, (B,) each.
 
     margin: (B,) or 0, how far r_w must exceed r_l (Llama 2, arXiv:2307.09288, eq. 2).
@@ -104,7 +96,7 @@ def calibration_error(probability, bins: int = 10) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3).
 
     probability: (B,), of the answer that was chosen. The confidence is the larger of p and
-    1 - p; its gap to the accuracy is averaged over bins of equal width, weighted by their size.
+    1 - p; its gap to the accuracy is averaged over bins of equal width, by their size.
     """
     confidence = torch.maximum(probability, 1 - probability)
     right = ((probability - 0.5).sign() + 1) / 2
@@ -148,7 +140,7 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
         margin = row.get(margin_column) if margin_column else 0.0
         if not isinstance(margin, (int, float)):
             raise UserError(f"{path}: a row has no number in the column {margin_column!r}")
-        # the same beginning is cut from both, and none of the shorter answer for the longer one
+        # both lose the same beginning of the prompt, and an answer only what it has too much
         excess = max(0, max(map(len, whole)) - longest)
         cut = min(excess, len(prompt))
         kept = [ids[cut:][-min(longest, 2**31):] for ids in whole]
@@ -156,10 +148,10 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
         n_equal += kept[0] == kept[1]
         if kept[0] != kept[1] and all(kept):
             pairs.append({**row, "chosen_ids": kept[0], "rejected_ids": kept[1],
-                          "prompt_length": len(prompt) - cut, "margin_of_pair": float(margin)})
+                          "prompt_length": len(prompt) - cut, "margin": float(margin)})
     if n_equal or n_cut:
-        print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and {n_equal} "
-              "left out because their answers are equal")
+        print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and "
+              f"{n_equal} left out because their answers are equal")
     if not pairs:
         raise UserError(f"{path}: no pair is left to learn from")
     return pairs
@@ -188,12 +180,14 @@ def evaluate(model, rows: list[dict], run: Run) -> dict:
         pairs = [share[i] for i in group]
         scores = score_pairs(model, pairs, run)
         for pair, *both in zip(pairs, *(s.tolist() for s in scores)):
-            answers = [len(pair[k]) - pair["prompt_length"] for k in ("chosen_ids", "rejected_ids")]
-            found.append([*both, *answers, str(pair.get(run.args.eval_by))])
+            lengths = [len(pair[side]) - pair["prompt_length"]
+                       for side in ("chosen_ids", "rejected_ids")]
+            found.append([*both, *lengths, str(pair.get(run.args.eval_by))])
     *numbers, values = zip(*gather_objects(found))
     chosen, rejected, chosen_length, rejected_length = torch.tensor(numbers)  # (pairs,) each
     right = ((chosen - rejected).sign() + 1) / 2
-    scores, lengths = torch.cat([chosen, rejected]), torch.cat([chosen_length, rejected_length])
+    scores = torch.cat([chosen, rejected])
+    lengths = torch.cat([chosen_length, rejected_length])
     metrics = {"loss": pair_loss(chosen, rejected).mean(), "accuracy": right.mean(),
                "ece": calibration_error((chosen - rejected).sigmoid()),
                "length_correlation": correlation(scores, lengths),
@@ -215,8 +209,8 @@ def center(model, tokenizer, reference, prompts: list[dict], reference_tokenizer
         mean = score_texts(model.eval(), tokenizer, texts, run.args.micro_batch_tokens).mean()
     bias = getattr(model.config, "reward_bias", 0.0) - mean.item()
     model.config.reward_bias = bias
-    print(f"reward_bias {bias:.4f}: the mean score of {len(texts)} completions by the reference "
-          "is now 0")
+    print(f"reward_bias {bias:.4f}: {len(texts)} completions of the reference now have mean "
+          "score 0")
 
 
 def main(args: Args):
@@ -232,8 +226,9 @@ def main(args: Args):
         name = args.reference or args.model
         reference, reference_tokenizer = load_causal_lm(name, run.device), load_tokenizer(name)
         room = context_length(name) - args.max_new_tokens
-        prompts = encode_prompts(reference_tokenizer, train_rows[:args.bias_prompts], args.data,
-                                 room, args.max_tokens)
+        chosen = torch.randperm(len(train_rows))[:args.bias_prompts]
+        prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in chosen],
+                                 args.data, room, args.max_tokens)
     model = run.trainable(model)  # LoRA, FSDP
     longest = min(args.max_tokens or 2**31, context_length(args.model))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, args.margin_column)
@@ -260,7 +255,7 @@ def main(args: Args):
         lr, metrics = scheduler.get_last_lr()[0], []
         for rows in run.micro_batches(torch.tensor([pair_length(pair) for pair in pairs])):
             chosen, rejected = score_pairs(model, [pairs[i] for i in rows], run)
-            margin = torch.tensor([pairs[i]["margin_of_pair"] for i in rows], device=run.device)
+            margin = torch.tensor([pairs[i]["margin"] for i in rows], device=run.device)
             loss = pair_loss(chosen, rejected, margin, args.label_smoothing, args.centering)
             (loss.sum() / n_pairs).backward()
             right = ((chosen - rejected).detach().sign() + 1) / 2

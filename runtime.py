@@ -58,13 +58,13 @@ class RunArgs:
     """gradients with a larger norm are scaled down to it"""
 
     micro_batch_tokens: PosInt = 8192
-    """tokens per pass, with padding: sets memory, changes no result (16384 to 65536 on a GPU)"""
+    """tokens per pass, padding included: sets memory, not results (16384 to 65536 on a GPU)"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     lora_rank: NonNegInt = 0
-    """train LoRA adapters of this rank (8 to 64), with a ten times higher --lr (0: all weights)"""
+    """train LoRA adapters of this rank (8 to 64), with ten times the --lr (0: all weights)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of matrix products; weights stay float32 (auto: bfloat16 where it is faster)"""
+    """precision of matrix products; weights stay float32 (auto: bfloat16 where faster)"""
     device: str = "auto"
     """cuda, cpu, or auto"""
 
@@ -89,27 +89,49 @@ class RunArgs:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag}: must be a finite number")
             for bound in getattr(hint, "__metadata__", ()):
-                if bound in BOUNDS and not BOUNDS[bound](value):
+                if not BOUNDS[bound](value):
                     raise UserError(f"{flag}: must be {bound}")
 
 
 @dataclass
-class OnPolicyArgs(RunArgs):
-    """Flags of the scripts that sample from the policy they train."""
+class PairArgs(RunArgs):
+    """Flags of the scripts that learn from pairs."""
     eval_data: str = ""
-    """held-out prompts (default: the last --eval-prompts rows of --data, not trained on)"""
+    """held-out pairs (default: the last --eval-pairs rows of --data, not trained on)"""
+    eval_pairs: PosInt = 600
+    """number of held-out pairs"""
+    warmup: NonNegInt = 10
+    """updates of linear warmup (a tenth of all)"""
+    save_every: NonNegInt = 100
+    """steps between checkpoints, besides the one at the end (0: no others)"""
+    log_every: PosInt = 20
+    """steps between printed lines"""
+    eval_every: NonNegInt = 0
+    """steps between evaluations, besides those at the start and the end (0: no others)"""
+
+
+@dataclass
+class SampleArgs(RunArgs):
+    """Flags of the scripts that sample completions of held-out prompts."""
     gold: str = ""
-    """a second reward, used only in evaluation (same forms as --reward)"""
+    """a reward used only in evaluation: a reward model, or file.py:function"""
     reference: str = ""
     """model that the KL and the win rate are measured against (default: --model)"""
-    max_prompt_tokens: NonNegInt = 0
-    """skip rows with longer prompts (0: a prompt that does not fit the context is an error)"""
     generate_batch_size: PosInt = 512
     """completions sampled at a time: sets memory (64 to 1024 on a GPU)"""
     eval_prompts: NonNegInt = 300
-    """held-out prompts (0: no evaluation)"""
+    """held-out prompts to sample completions for (0: none)"""
     eval_samples: PosInt = 1
     """completions per held-out prompt (4 to 64 for pass@k of rewards that are 0 or 1)"""
+
+
+@dataclass
+class OnPolicyArgs(SampleArgs):
+    """Flags of the scripts that sample from the policy they train."""
+    eval_data: str = ""
+    """held-out prompts (default: the last --eval-prompts rows of --data, not trained on)"""
+    max_prompt_tokens: NonNegInt = 0
+    """skip rows with longer prompts (0: a prompt that does not fit the context is an error)"""
     max_kl: NonNegFloat = 0.0
     """stop after a step with a larger KL, in nats per completion (5 to 50; 0: never)"""
 
@@ -121,40 +143,41 @@ class OnPolicyArgs(RunArgs):
 
 
 def cli(main, Args, description: str):
-    """Parses the command line and runs main. A user's mistake ends in one line and exit code 2."""
-    own = {name: Args.__dataclass_fields__[name] for cls in Args.__mro__
-           for name in cls.__dict__.get("__annotations__", {})}
-    Args.__dataclass_fields__ = own  # --help lists the script's own flags first
+    """Parses the command line and runs main. A user's mistake ends in one line and code 2."""
+    Args.__dataclass_fields__ = {  # --help lists the script's own flags first
+        name: Args.__dataclass_fields__[name] for cls in Args.__mro__
+        for name in cls.__dict__.get("__annotations__", {})}
+    if {"-h", "--help"} & set(sys.argv):
+        print(description)
     try:
-        args = tyro.cli(Args, description=description)
+        args = tyro.cli(Args, description="")
         if args.resume:  # the flags of that run, except for those given now
             flags = saved_flags(Path(args.resume), Args) | {"resume": args.resume}
-            args = tyro.cli(Args, description=description, default=Args(**flags))
+            args = tyro.cli(Args, description="", default=Args(**flags))
         main(args)
     except KeyboardInterrupt:  # before the first step, or the second one
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except (UserError, RuntimeError, MemoryError) as error:
-        hint = next((hint for words, hint in HINTS.items() if re.search(words, str(error))), "")
-        if not (isinstance(error, (UserError, MemoryError)) or hint):
+        hint = "".join(hint for words, hint in HINTS.items() if re.search(words, repr(error)))
+        if not (isinstance(error, UserError) or hint):
             raise
         if rank() > 0:
             time.sleep(3)  # the first process says the same, unless this one fails alone
-        line = str(error) if isinstance(error, UserError) else first_line(error)[:100] + hint
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {error if isinstance(error, UserError) else first_line(error)[:100]}"
+              f"{hint}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-HINTS = {  # words of a RuntimeError -> what to do
-    "out of memory|allocate memory|not enough memory":
+HINTS = {  # words of an error of torch -> what to do
+    "out of memory|allocate memory|not enough memory|MemoryError":
         ": out of memory: lower --micro-batch-tokens or --generate-batch-size, or use "
-        "--gradient-checkpointing, --lora-rank or --dtype bfloat16; --resume continues from the "
-        "newest checkpoint",
+        "--gradient-checkpointing, --lora-rank or --dtype bfloat16",
     "probability tensor":
-        ": the policy's probabilities are not finite: lower --lr or use --dtype float32; "
+        ": the policy's probabilities are not finite: lower --lr, or use --dtype float32; "
         "--resume continues from the newest checkpoint"}
 
 
@@ -162,8 +185,8 @@ def saved_flags(run_dir: Path, Args) -> dict:
     """The flags in a run's args.json."""
     flags = read_json(run_dir / "args.json", f"--resume {run_dir}")
     if flags.pop("ran_with", None) is None:
-        raise UserError(f"--resume {run_dir}: this run was made by an older edition of the "
-                        "scripts, which cannot be resumed: start a new one")
+        raise UserError(f"--resume {run_dir}: made by an older edition of the scripts, which "
+                        "cannot be resumed: start a new run")
     if unknown := set(flags) - {field.name for field in dataclasses.fields(Args)}:
         raise UserError(f"--resume {run_dir}: a run of another script: it has "
                         f"--{min(unknown).replace('_', '-')}")
@@ -192,7 +215,8 @@ def global_mean(values, mask):
 def global_means(parts: list[dict]) -> dict:
     """Mean of each metric over the rows of all parts, in all processes."""
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {name: global_mean(column, torch.ones_like(column)) for name, column in columns.items()}
+    return {name: global_mean(values, torch.ones_like(values))
+            for name, values in columns.items()}
 
 
 def gather_objects(x: list) -> list:
@@ -216,6 +240,7 @@ def reference_mode(model):
 
 
 class Bar(list):
+    """Parts of a step's work, with a progress bar while they take seconds."""
     def __iter__(self):
         return iter(tqdm(super().__iter__(), self.name, len(self), leave=False, delay=2,
                          disable=rank() > 0 or None))
@@ -226,20 +251,20 @@ class Run:
 
     def __init__(self, args: RunArgs, script: str):
         self.args, self.state, self.frozen, self.trained = args, {"step": 0}, {}, {}
-        self.bf16 = self.stopped = self._interrupted = False
         self.step, self.steps = 0, getattr(args, "steps", 0)
+        self.bf16 = self.stopped = self._interrupted = False
         self._rows, self._orders, self._phases = [], {}, []
         self._join()
         name = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(gather_objects([args.resume or args.run_dir or name])[0])
         if self.dir.exists() and not args.resume:
-            raise UserError(f"--run-dir: {self.dir} exists: name a new folder, or move it away")
+            raise UserError(f"--run-dir: {self.dir} exists: name a new one, or move it away")
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("--tensorboard: pip install tensorboard")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         torch.manual_seed(args.seed)
-        # without this, several threads or a GPU add gradients in another order in each run
+        # or else several threads, or a GPU, add up gradients in another order in each run
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         warnings.filterwarnings("ignore", ".*deterministic")
@@ -251,7 +276,7 @@ class Run:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda" and "LOCAL_RANK" in os.environ:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for repeatable sums
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products
         try:
             self.device = torch.device(name)
             torch.zeros(1, device=self.device)
@@ -272,25 +297,25 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def trainable(self, model):
-        """A model made ready for training, by the flags: precision, LoRA, checkpointing, FSDP2."""
-        self.bf16 = self.args.dtype == "bfloat16"
-        if self.args.dtype == "auto":  # where it was measured to be faster
+        """A model made ready for training by the flags: precision, LoRA, memory, processes."""
+        args, self.bf16 = self.args, self.args.dtype == "bfloat16"
+        if args.dtype == "auto":  # where bfloat16 was measured to be faster
             cpu = getattr(torch.cpu, "get_capabilities", dict)()
-            self.bf16 = self.device.type == "cuda" or model.num_parameters() > 50e6 and bool(
+            large = model.num_parameters() > 50e6
+            self.bf16 = self.device.type == "cuda" or large and bool(
                 cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-        if self.args.lora_rank:
+        if args.lora_rank:
             try:
                 from peft import LoraConfig
             except ImportError:
                 raise UserError("--lora-rank: pip install peft")
             if Path(model.name_or_path).is_dir():  # the adapter names its base model
                 model.name_or_path = str(Path(model.name_or_path).resolve())
-            freeze(model, self.bf16)
             heads = [name for name in ("score", "classifier") if hasattr(model, name)]
-            model.add_adapter(LoraConfig(  # Hu et al. 2021, arXiv:2106.09685
-                r=self.args.lora_rank, lora_alpha=2 * self.args.lora_rank,
-                target_modules="all-linear", modules_to_save=heads or None))
-        if self.args.gradient_checkpointing:
+            freeze(model, self.bf16).add_adapter(LoraConfig(  # arXiv:2106.09685
+                r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
+                modules_to_save=heads or None))
+        if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return self.shard(model)
 
@@ -309,7 +334,7 @@ class Run:
         return model
 
     def load_reward(self, name: str):
-        """common.load_reward, with this run's device and precision."""
+        """common.load_reward with this run's device, precision and memory."""
         reward = load_reward(name, self.device, self.bf16, self.args.micro_batch_tokens)
         if hasattr(reward, "model"):
             self.frozen[Path(name).name] = reward.model
@@ -336,7 +361,7 @@ class Run:
         return model
 
     def _sharded(self, model) -> list:
-        return [m for m in model.modules() if isinstance(m, FSDPModule)]
+        return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     @contextlib.contextmanager
     def gathered(self, model):
@@ -349,22 +374,20 @@ class Run:
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
 
-    def micro_batches(self, lengths, rows=None):
-        """common.micro_batches with --micro-batch-tokens, and equally many of them in every
-        process: the largest are split further."""
+    def micro_batches(self, lengths, rows=None) -> list:
+        """common.micro_batches by --micro-batch-tokens, equally many in every process."""
         groups = micro_batches(lengths, self.args.micro_batch_tokens, rows)
         if dist.is_initialized():
             most = torch.tensor(len(groups), device=self.device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
-            while len(groups) < most:
-                largest = max(range(len(groups)), key=lambda i: len(groups[i]))
-                halves = groups[largest].tensor_split(2)
-                # one row cannot be split: evaluation, where shares differ by one, repeats it
-                groups[largest:largest + 1] = halves if len(halves[1]) else halves[:1] * 2
+            while len(groups) < most:  # split the one with the most rows
+                i = max(range(len(groups)), key=lambda i: len(groups[i]))
+                halves = groups[i].tensor_split(2)
+                # a single row is repeated; only in evaluation, whose shares differ by one
+                groups[i:i + 1] = halves if len(halves[1]) else halves[:1] * 2
         return self.progress(groups)
 
     def progress(self, parts) -> list:
-        """The parts, with a bar while they take seconds, named by the phase."""
         bar = Bar(parts)
         bar.name = self._phases[-1][0] if self._phases else "evaluate"
         return bar
@@ -377,19 +400,19 @@ class Run:
             return norm
         bad = gather_objects([repr(str(row["prompt"]).strip()[:60]) for row in self._rows
                               if not self._outputs_are_finite(model, row)])
-        raise UserError(
-            f"step {self.step}: the gradient is not finite, and the update was not made. Rows "
-            f"whose outputs are not finite: {len(bad)} of {len(self._rows) * self.world_size}"
-            f"{': ' * bool(bad)}{', '.join(bad[:3])}{', ...' * (len(bad) > 3)}. Lower --lr or use "
-            "--dtype float32; --resume continues from the newest checkpoint")
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise UserError(f"step {self.step}: the gradient is not finite; no update was made. "
+                        f"Rows with such outputs: {', '.join(bad[:3]) or 'none'}{more}. Lower "
+                        "--lr, or use --dtype float32; --resume continues from the newest "
+                        "checkpoint")
 
     @torch.no_grad()
     def _outputs_are_finite(self, model, row: dict) -> bool:
-        prompt = row.get("prompt_ids", [])
-        texts = [prompt + row[k] for k in ("chosen_ids", "rejected_ids") if k in row] or [prompt]
+        prompt, answers = row.get("prompt_ids", []), ("chosen_ids", "rejected_ids")
+        texts = [prompt + row[side] for side in answers if side in row] or [prompt]
         with self.autocast():
-            outputs = [model(input_ids=torch.tensor([ids], device=self.device)) for ids in texts]
-        return all(output.logits.isfinite().all() for output in outputs)
+            return all(model(input_ids=torch.tensor([ids], device=self.device)
+                             ).logits.isfinite().all() for ids in texts)
 
     # --- steps
 
@@ -401,7 +424,7 @@ class Run:
                             f"{self.world_size} processes")
         self.step, n = step, len(rows)
         end = min(step * size, passes * n)
-        end += -end % self.world_size  # the last step, too, has as many for each process
+        end += -end % self.world_size  # in the last step, too, each process has as many
         places = range((step - 1) * size, int(end))[self.rank::self.world_size]
         for epoch in {place // n for place in places} - set(self._orders):
             self._orders[epoch] = self._order(rows, size, epoch, length)
@@ -415,18 +438,16 @@ class Run:
             return order.tolist()
         order = torch.tensor([i for part in order.split(16 * size) for i in sorted(
             part.tolist(), key=lambda i: length(rows[i]))])
-        batches = list(order.split(size))  # then these are shuffled, but for an incomplete one
-        whole = len(rows) // size
-        batches = [batches[i] for i in torch.randperm(whole, generator=generator)] + batches[whole:]
-        return torch.cat(batches).tolist()
+        batches, whole = order.split(size), len(rows) // size  # an incomplete one stays last
+        shuffled = [batches[i] for i in torch.randperm(whole, generator=generator)]
+        return torch.cat(shuffled + list(batches[whole:])).tolist()
 
     def share(self, rows: list) -> list:
-        """This process's part of rows: as many as the others', or one more."""
-        if len(rows) < self.world_size:
-            raise UserError(f"{len(rows)} held-out rows are too few for {self.world_size} "
-                            "processes")
-        return rows[len(rows) * self.rank // self.world_size:
-                    len(rows) * (self.rank + 1) // self.world_size]
+        """This process's part of held-out rows: as many as the others', or one more."""
+        n, size = len(rows), self.world_size
+        if n < size:
+            raise UserError(f"{n} held-out rows are too few for {size} processes")
+        return rows[n * self.rank // size:n * (self.rank + 1) // size]
 
     def generator(self, step: int) -> torch.Generator:
         """The random numbers of a step in this process: a resumed run draws the same ones."""
@@ -451,37 +472,33 @@ class Run:
                 file.write(json_lines(rows))
 
     def log(self, step: int, metrics: dict, prefix: str = ""):
-        """Writes metrics, the same in all processes, to metrics.jsonl, and prints the first five.
-        With a prefix they are an evaluation's; otherwise a step's, with its seconds by phase."""
+        """Writes metrics, the same in all processes, to metrics.jsonl, and prints the first
+        five. With a prefix they are an evaluation's; a step's get its seconds."""
         row = {prefix + name: float(f"{float(value):.5g}") for name, value in metrics.items()}
         if not prefix:
             ends = [start for _, start in self._phases[1:]] + [time.time()]
-            times = {f"seconds_{name}": end - start
-                     for (name, start), end in zip(self._phases, ends)}
-            times = {"seconds": sum(times.values())} | times
-            row |= {name: float(f"{value:.4g}") for name, value in times.items()}
+            seconds = {f"seconds_{name}": end - start
+                       for (name, start), end in zip(self._phases, ends)}
+            row |= {"seconds": round(sum(seconds.values()), 4)}
+            row |= {name: round(value, 4) for name, value in seconds.items()}
             self._phases = []
-            flag = all_sum(torch.tensor(float(self._interrupted), device=self.device))
-            self.stopped = flag.item() > 0  # by Ctrl-C in any process
-            max_kl = getattr(self.args, "max_kl", 0)
-            if 0 < max_kl < row.get("kl", 0):
+            interrupted = torch.tensor(float(self._interrupted), device=self.device)
+            self.stopped = all_sum(interrupted).item() > 0  # by Ctrl-C in any process
+            if 0 < getattr(self.args, "max_kl", 0) < row.get("kl", 0):
                 self.stopped = True
-                tqdm.write(f"stopped by --max-kl {max_kl:g}: the KL of step {step} is "
-                           f"{row['kl']:g}")
+                tqdm.write(f"stopped by --max-kl: the KL of step {step} is {row['kl']:g}")
         row = {"step": step} | row
         self.write("metrics.jsonl", [row])
-        if self.rank > 0:
-            return
         if self.tensorboard:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
         shown = {name: f"{row[name]:.3g}" for name in list(row)[1:6] if row[name] == row[name]}
         if prefix or step % self.args.log_every == 0:
-            ranges = {name: f" ({row[name + '_low']:.2f} to {row[name + '_high']:.2f})"
-                      for name in shown if name + "_low" in row}
+            intervals = {name: f" ({row[name + '_low']:.2f} to {row[name + '_high']:.2f})"
+                         for name in shown if name + "_low" in row}
             tqdm.write(f"step {step:4}  " + "  ".join(
-                f"{name} {value}{ranges.get(name, '')}" for name, value in shown.items()))
+                f"{name} {value}{intervals.get(name, '')}" for name, value in shown.items()))
         if not prefix:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
@@ -489,9 +506,9 @@ class Run:
     # --- checkpoints
 
     def resume(self, tokenizer, **trained) -> int:
-        """Registers what is trained, as name=(model, optimizer, scheduler), opens the run's folder,
+        """Registers what is trained, name=(model, optimizer, scheduler), opens the run folder,
         and with --resume loads its last checkpoint. Returns the first step to train."""
-        self.tokenizer, self.trained = tokenizer, trained
+        self.tokenizer, self.trained, self.tensorboard = tokenizer, trained, None
         self._print_memory()
         if self.rank == 0:
             self._open()
@@ -500,33 +517,34 @@ class Run:
             self._load()
         step = self.state["step"]
         if self.rank == 0:
-            write_json(self.dir / "args.json", dataclasses.asdict(self.args) | {
-                "resume": "", "ran_with": versions(self.device)})
-        self.tensorboard = None
-        if self.args.tensorboard and self.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(self.dir / "tensorboard",
-                                             purge_step=step + 1 if step else None)
+            flags = dataclasses.asdict(self.args) | {"resume": ""}
+            write_json(self.dir / "args.json", flags | {"ran_with": versions(self.device)})
+            if self.args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.tensorboard = SummaryWriter(self.dir / "tensorboard",
+                                                 purge_step=step + 1 if step else None)
+        print(f"writing to {self.dir}")
         if step >= self.steps > 0:
-            print(f"{self.dir} is finished: it has all {self.steps} steps")
+            print(f"{self.dir} is finished: it has made all of its {self.steps} steps")
         self.bar = tqdm(total=self.steps, initial=step, disable=self.rank > 0 or None)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._interrupt)
         return step + 1
 
     def _interrupt(self, *_):
-        self._interrupted = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        self._interrupted = True  # finishes the step; a second Ctrl-C stops at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _print_memory(self):
         """What the models take in memory, besides activations."""
-        models = {name: model for name, (model, _, _) in self.trained.items()} | self.frozen
-        for name, model in models.items():
+        trained = {name: model for name, (model, _, _) in self.trained.items()}
+        for name, model in (trained | self.frozen).items():
             tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
             size = 12 * tuned + sum(p.numel() * p.element_size() for p in model.parameters())
             print(f"{name:12} {model.num_parameters() / 1e6:8.2f} M parameters "
-                  f"{size / 2**20:8.1f} MiB of weights"
-                  + f", gradients and AdamW moments ({tuned / 1e6:.2f} M trained)" * (tuned > 0))
+                  f"{size / 2**20:8.1f} MiB of weights" + (
+                      f", gradients and AdamW moments ({tuned / 1e6:.2f} M trained)"
+                      if tuned else ""))
 
     def _open(self):
         """Makes the run's folder, locks it against other processes, and checks its disk."""
@@ -547,16 +565,14 @@ class Run:
                             "--keep-checkpoints")
 
     def _load(self):
-        """The last checkpoint, and the run's folder as it was then."""
+        """Loads the last checkpoint, and takes the run's folder back to it."""
         where = f"--resume {self.dir}"
         if not self.checkpoints():
             raise UserError(f"{where}: it has no checkpoint yet: start a new run")
         step, folder = self.checkpoints()[-1]
         saved = read_json(folder / "resume/state.json", where)
         try:
-            if changed := {k for k in self.state if k != "step" and k not in saved}:
-                raise ValueError(f"its state has no {min(changed)}")
-            self.state = saved
+            self.state = {name: saved[name] for name in self.state}
             with warnings.catch_warnings(action="ignore"):
                 dcp.load(self._tensors(), checkpoint_id=folder / "resume",
                          no_dist=not dist.is_initialized())
@@ -570,18 +586,18 @@ class Run:
         if self.rank == 0:
             for part in self.dir.glob("*.part"):  # what a kill left half written
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
-            for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
-                lines = path.read_text(encoding="utf-8").splitlines(True) if path.exists() else []
-                write_whole(path, "".join(line for line in lines if line.endswith("\n")
-                                          and json.loads(line)["step"] <= step))
+            for path in [self.dir / name for name in ("metrics.jsonl", "samples.jsonl")]:
+                text = path.read_text(encoding="utf-8") if path.exists() else ""
+                write_whole(path, "".join(line for line in text.splitlines(keepends=True) if (
+                    line.endswith("\n") and json.loads(line)["step"] <= step)))
         gather_objects([])
 
     def save(self, step: int):
-        """RUN/checkpoint-STEP: what from_pretrained loads, and in resume/ what --resume needs. It
-        has its name only when it is complete, so that a kill leaves no half of one."""
-        self.state |= {"step": step, "updates": {
-            name: scheduler.last_epoch for name, (_, _, scheduler) in self.trained.items()}}
+        """RUN/checkpoint-STEP: what from_pretrained loads, and in resume/ what --resume needs.
+        It has its name only when it is complete, so a kill leaves no half of one."""
         folder, part = self.dir / f"checkpoint-{step}", self.dir / f"checkpoint-{step}.part"
+        self.state["step"] = step
+        updates = {name: trained[2].last_epoch for name, trained in self.trained.items()}
         try:
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -590,21 +606,22 @@ class Run:
             with warnings.catch_warnings(action="ignore"):
                 dcp.save(self._tensors(), checkpoint_id=part / "resume",
                          no_dist=not dist.is_initialized())
-            model = next(iter(self.trained.values()))[0]
-            weights = get_model_state_dict(model, options=StateDictOptions(
-                full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else None
+            model, weights = next(iter(self.trained.values()))[0], None
+            if dist.is_initialized():
+                weights = get_model_state_dict(model, options=StateDictOptions(
+                    full_state_dict=True, cpu_offload=True))
             if self.rank == 0:
                 model.save_pretrained(part, state_dict=weights)
                 model.config.save_pretrained(part)  # an adapter comes without it
                 self.tokenizer.save_pretrained(part)
-                write_json(part / "resume/state.json", self.state)
+                write_json(part / "resume/state.json", self.state | {"updates": updates})
                 part.rename(folder)
                 for _, old in self.checkpoints()[:-self.args.keep_checkpoints]:
                     shutil.rmtree(old)
         except (Exception, dcp.api.CheckpointException) as error:  # each library has its own
             shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"{folder}: not written: {last_line(error)} (earlier checkpoints are "
-                            "untouched)")
+            raise UserError(f"{folder}: not written: {last_line(error)} (earlier checkpoints "
+                            "are untouched)")
         if self.stopped:
             print(f"stopped after step {step}; to continue: --resume {self.dir}")
         if step == self.steps:
@@ -633,13 +650,14 @@ class Run:
 
 def versions(device) -> dict:
     """What a run ran with; the commit where the scripts are in a git checkout."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True) if shutil.which("git") else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    commit = shutil.which("git") and subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+        capture_output=True, text=True).stdout.strip()
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "device": f"{device} ({name})",
+            "transformers": transformers.__version__, "device": f"{device} ({card})",
             "processes": dist.get_world_size() if dist.is_initialized() else 1,
-            "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+            "commit": commit or None}
 
 
 def last_line(error: BaseException) -> str:

@@ -1,14 +1,14 @@
-"""The table of algorithms, measured: five seeds of each script with its own defaults, evaluated ten times on the way;
-and the noise of the first gradient.
+"""The measured table of algorithms: five seeds of each script with its defaults, evaluated ten times in the course of
+training; and the noise of the first gradient.
 
     python benchmarks/algorithms.py                    half an hour on two cores
-    python benchmarks/algorithms.py --scripts ppo      one of them anew, in a few minutes; the others' rows stay
-    python benchmarks/algorithms.py --table            the table again, from algorithms.jsonl
+    python benchmarks/algorithms.py --scripts ppo      one script again, in a few minutes; the others' rows are kept
+    python benchmarks/algorithms.py --table            the table again, from results/algorithms.jsonl
 
-Gold is the true reward of 300 held-out prompts, 1 the best possible. Seconds are those of training on one core, without
-evaluation, as ratios to GRPO's. Memory is the process's peak. Noise of the gradient: the variance of the first update's
-gradient over seeds (the sum over parameters), over the squared length of its mean, where both are estimated from
-GRADIENTS seeds; it is that of a whole rollout of 256 completions, or of 32 pairs. Writes algorithms.jsonl beside itself.
+Gold is the true reward on 300 held-out prompts, at best 1. Seconds are training time on one core without evaluation,
+relative to GRPO's. Memory is the peak of the process. Noise of the gradient: variance of the first update's gradient
+over seeds (summed over parameters), divided by the squared length of its mean, both estimated from GRADIENTS seeds. An
+update has a whole rollout of 256 completions, or 32 pairs. Writes results/algorithms.jsonl.
 """
 import contextlib
 import io
@@ -23,10 +23,9 @@ import torch
 import tyro
 from transformers import logging
 
-from many import ROOT, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, read_jsonl, run_all, write_jsonl
 
 sys.path[:0] = [str(ROOT)]
-HERE = Path(__file__).parent
 ONLINE = "grpo", "ppo", "reinforce"
 GOLD, GRADIENTS = 0.85, 8
 
@@ -34,13 +33,15 @@ GOLD, GRADIENTS = 0.85, 8
 @dataclass
 class Args:
     table: bool = False
-    """only the table, from algorithms.jsonl"""
+    """only the table, from results/algorithms.jsonl"""
     seeds: int = 5
+    steps: int = 40
+    """of the on-policy scripts"""
     scripts: tuple[str, ...] = (*ONLINE, "dpo", "reward_model")
 
 
 def facts_of(job: tuple, memory: float) -> dict:
-    """What a run came to."""
+    """The results of a run."""
     script, flags = job
     metrics = read_jsonl(Path(flags["run_dir"]) / "metrics.jsonl")
     steps = [row for row in metrics if "loss" in row]
@@ -57,56 +58,61 @@ def facts_of(job: tuple, memory: float) -> dict:
 
 
 def first_gradient(script_name: str, seed: int, folder: str) -> torch.Tensor:
-    """The gradient of the first update, as one vector: taken where the script would clip it."""
+    """The gradient of the policy's first update, as one vector, before it is clipped."""
     import importlib
-    script, seen = importlib.import_module(script_name), []
+
+    from runtime import Run
+    script, seen, before = importlib.import_module(script_name), [], Run.clip_grad_norm
 
     class Enough(Exception):
         pass
 
-    def clip(model, most):
-        seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-        raise Enough
-    flags = {"seed": seed, "run_dir": f"{folder}/{script_name}-gradient-{seed}"}
+    def clip_grad_norm(run, model):
+        if model is next(iter(run.trained.values()))[0]:  # not PPO's critic
+            seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            raise Enough
+        return before(run, model)
+    flags = {"seed": seed, "run_dir": f"{folder}/{script_name}-gradient-{seed}", "eval_prompts": 0}
     if script_name in ONLINE:
-        flags |= {"steps": 1, "eval_every": 0} | ({"minibatches": 1} if script_name == "ppo" else {})
+        flags |= {"steps": 1} | ({"minibatches": 1} if script_name == "ppo" else {})
     else:
-        flags |= {"data": f"{folder}/pairs.jsonl", "eval_pairs": 8, "eval_prompts": 1,
-                  "reference_dir": f"{folder}/reference"}
-    before, script.clip_gradients = script.clip_gradients, clip
+        flags |= {"data": f"{folder}/pairs.jsonl", "eval_pairs": 8}
+    Run.clip_grad_norm = clip_grad_norm
     with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
         script.main(script.Args(**flags))
-    script.clip_gradients = before
+    Run.clip_grad_norm = before
     return seen[0]
 
 
 def noise_of(script: str, folder: str) -> float:
     gradients = torch.stack([first_gradient(script, seed, folder) for seed in range(GRADIENTS)]).double()
     variance = gradients.var(0).sum().item()
-    squared_mean = gradients.mean(0).square().sum().item() - variance / GRADIENTS  # without the noise left in it
+    squared_mean = gradients.mean(0).square().sum().item() - variance / GRADIENTS  # unbiased
     return variance / squared_mean
 
 
 def table(rows: list[dict]):
     runs = [row for row in rows if "seed" in row]
     base = statistics.fmean(row["seconds"] for row in runs if row["script"] == "grpo")
-    print("| | gold: mean (least to most) | to gold 0.85: completions, or pairs | seconds to it | seconds in all | KL | length | "
-          "MiB | noise |\n|---|---|---|---|---|---|---|---|---|")
+    print("| | gold: mean (least to most) | to gold 0.85: completions, or pairs | seconds to it | seconds in total | "
+          "KL | length | MiB | noise |\n|---|---|---|---|---|---|---|---|---|")
     for script in (*ONLINE, "dpo", "reward_model"):
         own = [row for row in runs if row["script"] == script]
         last = [row["last"] for row in own]
         reached = [row for row in own if "to_gold_rows" in row]
-        to_gold = [statistics.median([row.get(k, math.inf) for row in own]) for k in ("to_gold_rows", "to_gold_seconds")]
+        to_gold = [statistics.median([row.get(k, math.inf) for row in own])
+                   for k in ("to_gold_rows", "to_gold_seconds")]
         noise = next((f"{row['noise']:.1f}" for row in rows if row["script"] == script and "noise" in row), "")
-        rest = [f"{statistics.fmean(row['seconds'] for row in own) / base:.2f}",
-                *(f"{statistics.fmean(row[k] for row in own):.2f}" if own[0][k] is not None else "" for k in ("kl", "length")),
-                f"{statistics.fmean(row['memory'] for row in own):.0f}", noise]
+        rest = [f"{statistics.fmean(row['seconds'] for row in own) / base:.2f}"]
+        rest += [f"{statistics.fmean(row[k] for row in own):.2f}" if own[0][k] is not None else ""
+                 for k in ("kl", "length")]
+        rest = " | ".join([*rest, f"{statistics.fmean(row['memory'] for row in own):.0f}", noise])
+        spread = f"{statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f})"
         if script == "reward_model":
-            print(f"| `{script}.py` | accuracy {statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f}) | | | "
-                  f"{' | '.join(rest)} |")
+            print(f"| `{script}.py` | accuracy {spread} | | | {rest} |")
         else:
-            print(f"| `{script}.py` | {statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f}) | {to_gold[0]:,.0f} "
-                  f"({len(reached)} of {len(own)} seeds) | {to_gold[1] / base:.2f} | {' | '.join(rest)} |")
+            print(f"| `{script}.py` | {spread} | {to_gold[0]:,.0f} ({len(reached)} of {len(own)} seeds) | "
+                  f"{to_gold[1] / base:.2f} | {rest} |")
 
 
 def main(args: Args):
@@ -118,19 +124,19 @@ def main(args: Args):
                 for script in args.scripts:
                     every = {"reward_model": 0, "dpo": 28}.get(script, 4)
                     flags = {"seed": seed, "run_dir": f"{folder}/{script}-{seed}", "save_every": 0, "eval_every": every}
-                    if script == "dpo":
-                        flags["reference_dir"] = f"{folder}/reference-{seed}"  # each makes its own
+                    if script in ONLINE:
+                        flags["steps"] = args.steps
                     jobs.append((script, flags))
             rows = [facts_of(job, memory) for job, _, memory in run_all(jobs, fresh=True)]
             pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:2000]
             Path(folder, "pairs.jsonl").write_text("".join(pairs))
             for script in args.scripts:
-                if script != "reward_model":  # it starts from a head at random, each seed's own
+                if script != "reward_model":  # each seed starts from another random head
                     rows.append({"script": script, "noise": noise_of(script, folder)})
-        file = HERE / "algorithms.jsonl"
+        file = RESULTS / "algorithms.jsonl"
         before = read_jsonl(file) if file.exists() else []
         write_jsonl(file, [row for row in before if row["script"] not in args.scripts] + rows)
-    table(read_jsonl(HERE / "algorithms.jsonl"))
+    table(read_jsonl(RESULTS / "algorithms.jsonl"))
 
 
 if __name__ == "__main__":

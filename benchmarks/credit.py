@@ -1,14 +1,14 @@
-"""Which token is to blame, or to thank? One completion with each token's advantage as PPO's critic, GRPO and
-REINFORCE have it, beside the exact credit, and the correlation of each with it.
+"""Credit assignment: the advantage of each token according to PPO's critic, GRPO and REINFORCE, next to its exact
+credit, for one completion; and the correlation of each with the exact credit.
 
     python benchmarks/credit.py                 three seeds: 13 minutes on two cores
-    python benchmarks/credit.py --draw          the picture again, from credit.jsonl
+    python benchmarks/credit.py --draw          the picture again, from results/credit.jsonl
 
-The exact credit of token t is V(with t) - V(before t), where V(beginning of an answer) is the mean score of
-completions of it, drawn from the policy (VinePPO, Kazemnejad et al. 2024, arXiv:2410.01679, eq. 5 and 6), here 128
-of them; after the end it is the score. The policy and critic are those of `ppo.py --steps 20`.
-PPO's advantages are ppo.gae's, GRPO's grpo.group_advantages, REINFORCE's the score less its group's others.
-Writes beside itself credit.jsonl and credit.png. pip install '.[plot]'
+The exact credit of token t is V(tokens up to t) - V(tokens before t). V is the mean score of 128 completions that the
+policy samples from there (VinePPO, Kazemnejad et al. 2024, arXiv:2410.01679, eq. 5 and 6); after the last token it is
+the score. Policy and critic are from `ppo.py --steps 20`. The advantages are those of ppo.gae, grpo.group_advantages,
+and for REINFORCE the score minus the mean of the group's others.
+Writes results/credit.jsonl and docs/credit.png. pip install '.[plot]'
 """
 import json
 import statistics
@@ -22,55 +22,57 @@ import torch
 import tyro
 from transformers import logging
 
-from many import ROOT, read_jsonl, run_all, write_jsonl
+from many import DOCS, RESULTS, ROOT, read_jsonl, run_all, write_jsonl
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-HERE = Path(__file__).parent
 PROMPTS, GROUP, RESAMPLES, LONGEST = 10, 8, 128, 48
 NAMES = {"ppo": "PPO, critic", "grpo": "GRPO", "reinforce": "REINFORCE", "exact": "exact credit"}
-COMPARED = {"ppo": "PPO, critic", "ppo_0": "PPO, critic, lambda 0", "exact_95": "exact values, lambda 0.95", "grpo": "GRPO",
-            "reinforce": "REINFORCE"}
+COMPARED = {"ppo": "PPO, critic", "ppo_0": "PPO, critic, lambda 0", "exact_95": "exact values, lambda 0.95",
+            "grpo": "GRPO", "reinforce": "REINFORCE"}
 
 
 @dataclass
 class Args:
     draw: bool = False
-    """only the picture, from credit.jsonl"""
+    """only the picture, from results/credit.jsonl"""
     seeds: int = 3
+    steps: int = 20
+    """of ppo.py"""
 
 
-def load_run(run_dir: str):
-    """The policy and the critic of a run of ppo.py, and the tokenizer."""
+def load_run(run_dir: str, reward):
+    """Policy and critic of a run of ppo.py, and the tokenizer."""
+    import ppo
     import torch.distributed.checkpoint as dcp
-    from common import load_model, load_tokenizer
-    from ppo import load_critic
-    from transformers import AutoModelForCausalLM
-    policy, _ = load_model(AutoModelForCausalLM, f"{run_dir}/checkpoint", "cpu")
-    critic = load_critic("tiny/reward_model", "cpu")
+    from common import load_causal_lm, load_tokenizer
+    checkpoint = max(Path(run_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    policy, tokenizer = load_causal_lm(str(checkpoint), "cpu"), load_tokenizer("tiny/policy")
+    critic = ppo.load_critic(ppo.Args(), reward, tokenizer, "cpu")
     with warnings.catch_warnings(action="ignore"):  # that there is one process
         dcp.load({f"critic.{k}": v.detach() for k, v in critic.named_parameters()},
-                 checkpoint_id=f"{run_dir}/checkpoint/resume", no_dist=True)
-    return policy.eval(), critic.eval(), load_tokenizer("tiny/policy")
+                 checkpoint_id=checkpoint / "resume", no_dist=True)
+    return policy.eval(), critic.eval(), tokenizer
 
 
 @torch.no_grad()
 def credits_of(run_dir: str, seed: int) -> list[dict]:
-    """Some completions of held-out prompts, with the four credits of each token."""
+    """Completions of held-out prompts, with the four kinds of credit of each token."""
     import grpo
     import ppo
     import reinforce
-    from common import encode_prompts, load_reward, pad
-    policy, critic, tokenizer = load_run(run_dir)
-    reward = load_reward("tiny/reward_model", "cpu", 512)
-    end, empty, generator = tokenizer.eos_token_id, tokenizer.pad_token_id, torch.Generator().manual_seed(seed)
+    from common import encode_prompts, eos_token_ids, load_reward, pad
+    reward = load_reward("tiny/reward_model", "cpu")
+    policy, critic, tokenizer = load_run(run_dir, reward)
+    eos_ids, generator = eos_token_ids(policy, tokenizer), torch.Generator().manual_seed(seed)
     held = read_jsonl(ROOT / "tiny/heldout.jsonl")[PROMPTS * seed:PROMPTS * (seed + 1)]
-    _, prompts = encode_prompts(tokenizer, held, "tiny/heldout.jsonl", 1000)
+    held = encode_prompts(tokenizer, held, "tiny/heldout.jsonl", 1000)
+    prompts = [row["prompt_ids"] for row in held]
 
     def sample(beginnings: list[list[int]], number: int, longest: int):
         parts = []
         for start in range(0, len(beginnings), 16):
-            ids = pad(beginnings[start:start + 16], empty, "left")
-            parts.append(grpo.generate(policy, *ids, grpo.Args(max_new_tokens=longest), number, [end], empty, generator))
+            ids = pad(beginnings[start:start + 16], "left")
+            parts.append(grpo.generate(policy, *ids, number, longest, 1.0, eos_ids, generator))
         return torch.cat([ids for ids, _ in parts]), torch.cat([mask for _, mask in parts])
 
     def scores_of(rows: list[dict], answers: list[list[int]]):
@@ -84,8 +86,8 @@ def credits_of(run_dir: str, seed: int) -> list[dict]:
     answers = [ids[m.bool()].tolist() for ids, m in zip(completion_ids, mask)]
     scores = scores_of(rows, answers)  # (B,)
 
-    values = torch.zeros(mask.shape)  # (B, T) of what is written before each token
-    halves = values.clone()  # the same from half of the samples, less that from the others
+    values = torch.zeros(mask.shape)  # (B, T), of the tokens before each token
+    halves = values.clone()  # the value from half of the samples, minus that from the others
     after = torch.zeros(mask.shape)
     for t in range(mask.shape[1]):
         alive = [i for i in range(len(rows)) if mask[i, t]]
@@ -101,22 +103,23 @@ def credits_of(run_dir: str, seed: int) -> list[dict]:
     exact = after.scatter(1, last, scores[:, None]) - values
     noise = noise_after.scatter(1, last, torch.zeros(len(last), 1)) - halves  # twice the mean's error
 
-    ids = pad(beginnings, empty, "left")
+    ids = pad(beginnings, "left")
     critics = ppo.completion_values(critic, *ids, completion_ids, mask)
     rewards = ppo.token_rewards(scores, torch.zeros(mask.shape), mask, 0.0)
-    by_ppo, _ = ppo.gae(rewards, critics, mask, 1.0, ppo.Args.lam)
+    by_ppo, _ = ppo.gae(rewards, critics, mask, 1.0, ppo.Args.gae_lambda)
     by_group = grpo.group_advantages(scores, GROUP)
-    by_others = scores - reinforce.baseline_of(scores, GROUP, "loo")
+    by_others = scores - reinforce.baseline(scores, GROUP, "loo")
     return [{"seed": seed, "prompt": rows[i]["prompt"][-1]["content"], "score": scores[i].item(),
              "tokens": [tokenizer.decode([t]) for t in answers[i]], "ppo": by_ppo[i, :n].tolist(),
              "grpo": [by_group[i].item()] * n, "reinforce": [by_others[i].item()] * n, "exact": exact[i, :n].tolist(),
-             "noise": (noise[i, :n] / 2).tolist(), "value": critics[i, :n].tolist(), "exact_value": values[i, :n].tolist()}
+             "noise": (noise[i, :n] / 2).tolist(), "value": critics[i, :n].tolist(),
+             "exact_value": values[i, :n].tolist()}
             for i, n in enumerate(mask.sum(1).tolist())]
 
 
 def other_lambdas(row: dict) -> dict:
-    """The critic's advantages at lambda 0, A_t - lambda A_t+1, which is its own idea of what the exact credit is; and
-    what lambda 0.95 makes of exact values, the sum over l of lambda^l (exact credit of t + l): GAE, eq. 16."""
+    """The critic's advantages at lambda 0, A_t - lambda A_t+1, which are its estimate of the exact credit; and GAE with
+    exact values at lambda 0.95, the sum over l of lambda^l (exact credit of t + l) (eq. 16)."""
     lam, after = 0.95, 0.0
     found = {"ppo_0": [a - lam * b for a, b in zip(row["ppo"], [*row["ppo"][1:], 0.0])], "exact_95": []}
     for credit in reversed(row["exact"]):
@@ -126,20 +129,20 @@ def other_lambdas(row: dict) -> dict:
 
 
 def correlations(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Of each credit with the exact one, over all tokens; and within completions, where one number for all tokens has
-    none."""
+    """Correlation of each kind of credit with the exact one, over all tokens and within completions. The latter is 0
+    where all tokens of a completion have the same credit."""
     rows = [row | other_lambdas(row) for row in rows]
 
-    def stack(name, centre):
+    def stack(name, center):
         parts = [torch.tensor(row[name], dtype=torch.float64) for row in rows]
-        return torch.cat([part - part.mean() if centre else part for part in parts])
+        return torch.cat([part - part.mean() if center else part for part in parts])
     found = {}
     for name in COMPARED:
-        pairs = [(stack(name, centre), stack("exact", centre)) for centre in (False, True)]
-        found[name] = tuple(torch.corrcoef(torch.stack(pair))[0, 1].nan_to_num(0).item() if pair[0].std() > 1e-9 else 0.0
-                            for pair in pairs)
+        pairs = [(stack(name, center), stack("exact", center)) for center in (False, True)]
+        found[name] = tuple(torch.corrcoef(torch.stack(pair))[0, 1].nan_to_num(0).item()
+                            if pair[0].std() > 1e-9 else 0.0 for pair in pairs)
     exact, noise = stack("exact", False), stack("noise", False)
-    # of two such estimates, were each from half of the samples; from all of them it is higher
+    # correlation between the estimates from either half of the samples: a lower bound for all of them
     found["exact"] = torch.corrcoef(torch.stack([exact + noise, exact - noise]))[0, 1].item(), 1.0
     return found
 
@@ -150,7 +153,7 @@ def draw(rows: list[dict]):
     from plot import COLORS, GRAY, STYLE
     seeds = sorted({row["seed"] for row in rows})
     each = [correlations([row for row in rows if row["seed"] == seed]) for seed in seeds]
-    # one to look at: of those that fit on a line, the one whose exact credit varies most
+    # the example: of those that fit on a line, the one whose exact credit varies most
     shown = max((row for row in rows if 7 <= len(row["tokens"]) <= 16), key=lambda r: statistics.pstdev(r["exact"]))
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -165,7 +168,8 @@ def draw(rows: list[dict]):
         top.set_yticks([-y - 0.45 for y in range(len(NAMES))], NAMES.values())
         top.set_xticks([x + 0.48 for x in range(len(shown["tokens"]))],
                        [t.replace("<|end|>", "END").replace("\\n", "NEWLINE") for t in shown["tokens"]])
-        top.set(xlim=(0, len(shown["tokens"])), ylim=(-len(NAMES), 0), title=f"“{shown['prompt']}”  score {shown['score']:.1f}")
+        top.set(xlim=(0, len(shown["tokens"])), ylim=(-len(NAMES), 0),
+                title=f"“{shown['prompt']}”  score {shown['score']:.1f}")
         top.xaxis.tick_top()
         top.grid(False)
         top.tick_params(length=0)
@@ -181,9 +185,10 @@ def draw(rows: list[dict]):
         bottom.set_xlabel("correlation with the exact credit (bars: mean, marks: each seed)")
         bottom.legend(loc="lower right")
         bottom.axvline(0, color=GRAY, lw=0.8)
-        figure.savefig(HERE / "credit.png")
+        figure.savefig(DOCS / "credit.png")
     for seed in seeds:
-        pair = torch.tensor([[v for row in rows if row["seed"] == seed for v in row[k]] for k in ("value", "exact_value")])
+        own = [row for row in rows if row["seed"] == seed]
+        pair = torch.tensor([[v for row in own for v in row[k]] for k in ("value", "exact_value")])
         print(f"seed {seed}: the critic's values and the exact ones: correlation {torch.corrcoef(pair)[0, 1]:.2f}, "
               f"explained variance {1 - (pair[1] - pair[0]).square().mean() / pair[1].var():.2f}")
     for name in each[0]:
@@ -195,12 +200,12 @@ def main(args: Args):
     if not args.draw:
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
-            jobs = [("ppo", {"seed": seed, "steps": 20, "eval_every": 0, "save_every": 0, "run_dir": f"{folder}/{seed}"})
-                    for seed in range(args.seeds)]
+            jobs = [("ppo", {"seed": seed, "steps": args.steps, "eval_prompts": 0, "save_every": 0,
+                             "run_dir": f"{folder}/{seed}"}) for seed in range(args.seeds)]
             found = [row for job, *_ in run_all(jobs) for row in credits_of(job[1]["run_dir"], job[1]["seed"])]
-        write_jsonl(HERE / "credit.jsonl", [json.loads(json.dumps(row), parse_float=lambda x: round(float(x), 4))
+        write_jsonl(RESULTS / "credit.jsonl", [json.loads(json.dumps(row), parse_float=lambda x: round(float(x), 4))
                                             for row in found])
-    draw(read_jsonl(HERE / "credit.jsonl"))
+    draw(read_jsonl(RESULTS / "credit.jsonl"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Reward hacking, drawn as Gao et al. 2023 draw it (arXiv:2210.10760): the gold reward and the learned one against
-the square root of the KL from the reference, of policies trained on labels that also like long answers, agreement
-and bullet points; best-of-n beside them; and how often each kind of hacking is seen as training goes on.
+"""Reward hacking, plotted as in Gao et al. 2023 (arXiv:2210.10760): gold and learned reward against the square root of
+the KL from the reference, for policies trained on labels that are biased towards long answers, agreement and bullet
+points, with best-of-n for comparison; and how often each kind of hacking occurs in the course of training.
 
     python benchmarks/hacking.py                    all runs, then the pictures: 14 minutes on two cores
-    python benchmarks/hacking.py --draw             the pictures again, from hacking.jsonl
+    python benchmarks/hacking.py --draw             the pictures again, from results/hacking.jsonl
 
-Writes beside itself hacking.jsonl (a row for each evaluation of each run), hacking.png and hacking_kinds.png.
+Writes results/hacking.jsonl (a row for each evaluation of each run), docs/hacking.png and docs/hacking_kinds.png.
 pip install '.[plot]'
 """
 import math
@@ -19,36 +19,35 @@ import torch
 import tyro
 from transformers import logging
 
-from many import ROOT, read_jsonl, run_all, write_jsonl
+from many import DOCS, RESULTS, ROOT, read_jsonl, run_all, write_jsonl
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny"), str(ROOT / "tools")]
-HERE = Path(__file__).parent
 BETAS = 0.0, 0.01, 0.04, 0.1, 0.3
-# smaller steps than the default's, of 64 completions, so that 57 runs take minutes
+# smaller steps than the default, of 64 completions, so that 57 runs take minutes
 ONLINE = {"reward": "tiny/biased_reward_model", "steps": 18, "prompts_per_step": 8, "group_size": 8,
-          "max_new_tokens": 32, "lr_schedule": "constant", "eval_every": 3, "eval_prompts": 64, "save_every": 0,
-          "stop_kl": 1e9}  # never reached: it has the reference loaded, and so the KL measured, at beta 0
+          "max_new_tokens": 32, "lr_schedule": "constant_with_warmup", "eval_every": 3, "eval_prompts": 64,
+          "save_every": 0, "max_kl": 1e9}  # never reached: it loads the reference, to measure the KL at beta 0
 DPO = {"sample_data": "tiny/heldout.jsonl", "gold": "tiny/world.py:gold_reward", "eval_pairs": 100,
        "eval_prompts": 64, "eval_every": 9, "max_new_tokens": 32, "save_every": 0}  # 2,000 pairs: 63 updates
 ALGORITHMS = "ppo", "grpo", "reinforce", "dpo"
-KINDS = {"words": "verbosity: words an answer", "sycophantic": "sycophancy: yields to a false claim",
+KINDS = {"words": "verbosity: words per answer", "sycophantic": "sycophancy: accepts a false claim",
          "bullets": "format gaming: has bullet points"}
 DIAGNOSTICS = "length", "length_correlation", "truncated", "distinct_3", "entropy", "reward"
-GOLD_FELL = 0.3  # gold's standard error is 0.1 over an evaluation's prompts, less from one to the next of a run
-SAMPLES = 128  # of each prompt, for best-of-n
+GOLD_FELL = 0.3  # gold's standard error over the prompts of an evaluation is 0.1, and less for differences in a run
+SAMPLES = 128  # per prompt, for best-of-n
 
 
 @dataclass
 class Args:
     draw: bool = False
-    """only the pictures, from hacking.jsonl"""
+    """only the pictures, from results/hacking.jsonl"""
     seeds: int = 3
     workers: int = 2
-    """runs at a time, one thread each"""
+    """runs at a time, with one thread each"""
 
 
 def kinds(row: dict, text: str) -> dict:
-    """Which of the three kinds an answer is; nan where a prompt has no bait for it."""
+    """Which kinds of hacking an answer shows; nan where the prompt gives no occasion for it."""
     from world import traits
     found = traits(row, text)
     bait = row["claim"] is not None and row["claim"] != row["answer"]
@@ -63,7 +62,7 @@ def mean(values) -> float:
 
 
 def rows_of(job: tuple, reward) -> list[dict]:
-    """What a run's evaluations, and the training steps before them, say."""
+    """A row for each evaluation of a run; the last one has the metrics of all training steps."""
     script, flags = job
     metrics, held = read_jsonl(Path(flags["run_dir"]) / "metrics.jsonl"), read_jsonl(ROOT / "tiny/heldout.jsonl")
     samples = read_jsonl(Path(flags["run_dir"]) / "samples.jsonl")
@@ -83,25 +82,23 @@ def rows_of(job: tuple, reward) -> list[dict]:
 
 
 def rank_weights(N: int, n: int) -> torch.Tensor:
-    """How likely the i-th worst of N is the best of n that are drawn from them, (N,): C(i - 1, n - 1) / C(N, n)."""
+    """Probability that the i-th worst of N is the best of n drawn from them, (N,): C(i - 1, n - 1) / C(N, n)."""
     return torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)], dtype=torch.float64)
 
 
 def best_of_n(reward, gold) -> list[dict]:
-    """The mean proxy and gold reward of the best of n by the proxy, unbiased from SAMPLES of each prompt. KL: log n -
-    (n - 1) / n (an upper bound: Beirami et al. 2024, arXiv:2401.01879)."""
+    """Mean learned and gold reward of the best of n by the learned reward: unbiased estimates from SAMPLES completions
+    per prompt. The KL is log n - (n - 1) / n (an upper bound: Beirami et al. 2024, arXiv:2401.01879)."""
     import grpo
-    from common import encode_prompts, load_model, load_tokenizer, pad
-    from transformers import AutoModelForCausalLM
-    tokenizer = load_tokenizer("tiny/policy")
-    policy, _ = load_model(AutoModelForCausalLM, "tiny/policy", "cpu")
+    from common import encode_prompts, eos_token_ids, load_causal_lm, load_tokenizer, pad
+    tokenizer, policy = load_tokenizer("tiny/policy"), load_causal_lm("tiny/policy", "cpu").eval()
     held = read_jsonl(ROOT / "tiny/heldout.jsonl")[:ONLINE["eval_prompts"]]
-    _, prompts = encode_prompts(tokenizer, held, "tiny/heldout.jsonl", 1000)
-    by_prompt = []
+    held = encode_prompts(tokenizer, held, "tiny/heldout.jsonl", 1000)
+    eos_ids, by_prompt = eos_token_ids(policy, tokenizer), []
     for start in range(0, len(held), 4):
-        ids, mask = pad(prompts[start:start + 4], tokenizer.pad_token_id, "left")
-        out, out_mask = grpo.generate(policy, ids, mask, grpo.Args(max_new_tokens=ONLINE["max_new_tokens"]), SAMPLES, [tokenizer.eos_token_id],
-                                      tokenizer.pad_token_id, torch.Generator().manual_seed(start))
+        ids, mask = pad([row["prompt_ids"] for row in held[start:start + 4]], "left")
+        out, out_mask = grpo.generate(policy, ids, mask, SAMPLES, ONLINE["max_new_tokens"], 1.0, eos_ids,
+                                      torch.Generator().manual_seed(start))
         texts = tokenizer.batch_decode([t[m.bool()] for t, m in zip(out, out_mask)], skip_special_tokens=True)
         rows = [row for row in held[start:start + 4] for _ in range(SAMPLES)]
         by_prompt.append(torch.stack([reward(rows, texts), gold(rows, texts)], 1).view(-1, SAMPLES, 2))
@@ -116,8 +113,8 @@ def best_of_n(reward, gold) -> list[dict]:
 
 def measure(args: Args) -> list[dict]:
     from common import load_reward
-    reward = load_reward("tiny/biased_reward_model", "cpu", 256)
-    gold = load_reward("tiny/world.py:gold_reward", "cpu", 256)
+    reward = load_reward("tiny/biased_reward_model", "cpu")
+    gold = load_reward("tiny/world.py:gold_reward", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         lines = (ROOT / "tiny/biased_preferences.jsonl").read_text().splitlines(True)
         Path(folder, "pairs.jsonl").write_text("".join(lines[:2000] + lines[-100:]))
@@ -127,9 +124,8 @@ def measure(args: Args) -> list[dict]:
                 for script in ALGORITHMS:
                     name = f"{script}-{beta:g}-{seed}"
                     flags = {"seed": seed, "beta": beta, "run_dir": f"{folder}/{name}"}
-                    if script == "dpo" and beta > 0:  # at 0 its loss is flat: it has no such policy
-                        jobs.append((script, flags | DPO | {"data": f"{folder}/pairs.jsonl",
-                                                            "reference_dir": f"{folder}/{name}-reference"}))
+                    if script == "dpo" and beta > 0:  # at 0 its loss is constant
+                        jobs.append((script, flags | DPO | {"data": f"{folder}/pairs.jsonl"}))
                     elif script != "dpo":
                         jobs.append((script, flags | ONLINE))
         found = [row for job, *_ in run_all(jobs, args.workers) for row in rows_of(job, reward)]
@@ -146,7 +142,7 @@ def curves_of(rows: list[dict], algorithm: str, beta: float) -> list[list[dict]]
 
 
 def draw(rows: list[dict]):
-    """hacking.png: a column for each algorithm, one line a run, a colour a beta; hacking_kinds.png."""
+    """docs/hacking.png: a column per algorithm, a line per run, a color per beta; docs/hacking_kinds.png."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from plot import COLORS, GRAY, STYLE
@@ -160,15 +156,16 @@ def draw(rows: list[dict]):
                     for run in curves_of(rows, algorithm, beta):
                         axes.plot([max(0, row["kl"]) ** 0.5 for row in run], [row[reward] for row in run], color=color,
                                   lw=1.3, alpha=0.85)
-                axes.plot([row["kl"] ** 0.5 for row in best], [row[reward] for row in best], color=GRAY, lw=2.2, ls="--")
+                axes.plot([row["kl"] ** 0.5 for row in best], [row[reward] for row in best], color=GRAY, lw=2.2,
+                          ls="--")
             column[0].set_title(f"{algorithm}.py")
         panels[0, 0].set_ylabel("gold reward")
         panels[1, 0].set_ylabel("learned reward")
-        figure.supxlabel("square root of the KL from the reference (nats a completion)", fontsize="medium")
+        figure.supxlabel("square root of the KL from the reference (nats per completion)", fontsize="medium")
         keys = [axes.plot([], [], color=color, lw=2)[0] for color in COLORS[:len(BETAS)]]
         keys += axes.plot([], [], color=GRAY, lw=2.2, ls="--")
         figure.legend(keys, [f"beta {beta:g}" for beta in BETAS] + ["best of n"], loc="outside upper center", ncols=6)
-        figure.savefig(HERE / "hacking.png")
+        figure.savefig(DOCS / "hacking.png")
 
         figure = Figure(figsize=(11, 5.2), layout="constrained")
         panels = figure.subplots(2, 3, sharex=True, sharey="col")
@@ -183,15 +180,15 @@ def draw(rows: list[dict]):
                 axes.set_title(f"{title}, beta {beta:g}", fontsize="medium")
         figure.supxlabel("% of training", fontsize="medium")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        figure.savefig(HERE / "hacking_kinds.png")
+        figure.savefig(DOCS / "hacking_kinds.png")
 
 
 # --- which diagnostic moves first
 
 def first_moves(rows: list[dict]) -> list[dict]:
-    """For each beta, and each on-policy algorithm: at which step of training, the median over seeds, a diagnostic
-    had left the range it had at step 1 over all runs (mean and three standard deviations) for two steps on end; at
-    which evaluation gold had fallen by GOLD_FELL, and the KL there."""
+    """For each on-policy algorithm and beta, medians over seeds: the first of two consecutive training steps at which a
+    diagnostic was outside its range at step 1 over all runs (mean and three standard deviations); the evaluation
+    at which gold had fallen by GOLD_FELL, and the KL there."""
     found = []
     starts = [row["log"][0] for row in rows if "log" in row]
     usual = {k: (statistics.fmean(s[k] for s in starts), statistics.stdev(s[k] for s in starts)) for k in DIAGNOSTICS}
@@ -213,23 +210,24 @@ def first_moves(rows: list[dict]) -> list[dict]:
 def main(args: Args):
     if not args.draw:
         logging.disable_progress_bar()
-        write_jsonl(HERE / "hacking.jsonl", measure(args))
-    rows = read_jsonl(HERE / "hacking.jsonl")
+        write_jsonl(RESULTS / "hacking.jsonl", measure(args))
+    rows = read_jsonl(RESULTS / "hacking.jsonl")
     draw(rows)
     rises = []
     for algorithm in ALGORITHMS:
         for beta in BETAS:
             if runs := curves_of(rows, algorithm, beta):
                 ends = {k: statistics.fmean(run[-1][k] for run in runs) for k in ("gold", "proxy", "kl", *KINDS)}
-                print(f"{algorithm:9}  beta {beta:g}, at the end:  " + "  ".join(f"{k} {v:.2f}" for k, v in ends.items()))
+                print(f"{algorithm:9}  beta {beta:g}, at the end:  "
+                      + "  ".join(f"{k} {v:.2f}" for k, v in ends.items()))
                 rises += [max(row["gold"] for row in run[1:]) - run[0]["gold"] for run in runs]
-    print(f"gold's most above its start: {max(rises):.2f}; by no more than 0.02 in {sum(r <= 0.02 for r in rises)} of "
+    print(f"largest rise of gold above its start: {max(rises):.2f}; at most 0.02 in {sum(r <= 0.02 for r in rises)} of "
           f"{len(rises)} runs")
-    print("the step by which a metric had moved, and gold had fallen, medians of the seeds (inf: never)")
+    print("the step by which a metric had moved, and gold had fallen, medians over seeds (inf: never)")
     for row in first_moves(rows):
         print("  ".join(f"{k} {v:.3g}" if not isinstance(v, str) else f"{v:9}" for k, v in row.items()))
     starts = [row["log"][0]["length_correlation"] for row in rows if "log" in row]
-    print(f"length_correlation at step 1: {statistics.fmean(starts):.2f}, before anything is learned")
+    print(f"length_correlation at step 1, before the first update: {statistics.fmean(starts):.2f}")
 
 
 if __name__ == "__main__":

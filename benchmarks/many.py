@@ -1,5 +1,5 @@
-"""Runs of the scripts, several at a time, for the benchmarks that need many: each worker is one process of one
-thread, which imports torch once and calls a script's `main` for run after run."""
+"""Many runs of the scripts, several at a time, for the benchmarks that need them. A worker is a process with one
+thread, which imports torch once and calls a script's `main` for one run after the other."""
 import contextlib
 import importlib
 import io
@@ -10,27 +10,28 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
 
 
 def run_one(job: tuple):
-    """job: (script, its flags as a dict, with run_dir). Returns the job, its seconds of computing, and the
-    worker's peak memory in MiB."""
+    """job: (script, its flags as a dict, with run_dir). Returns the job, its seconds of CPU time, and the peak memory
+    of the worker in MiB."""
     import torch
     torch.set_num_threads(1)
     sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
     script = importlib.import_module(job[0])
     start = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             script.main(script.Args(**job[1]))
-        except SystemExit as error:
-            raise RuntimeError(f"{job}: {said.getvalue()}") from error
+        except Exception as error:
+            raise RuntimeError(f"{job}: {error}") from error
     return job, time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run_all(jobs: list[tuple], workers: int = 2, fresh: bool = False):
-    """Yields what run_one returns, as runs end. fresh: a new process for each, so that memory is its own."""
+    """Yields what run_one returns, as runs end. fresh: a new process for each, so that its memory is measured alone."""
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1 if fresh else None) as pool:
         for done, found in enumerate(pool.imap_unordered(run_one, jobs), 1):
             print(f"{done}/{len(jobs)}  {Path(found[0][1]['run_dir']).name}  {found[1]:.0f} s", flush=True)

@@ -1,20 +1,20 @@
-"""Peak memory of one update of grpo.py, measured, beside an account of it part by part:
+"""Peak memory of one update of grpo.py: measured, and estimated part by part.
 
     python benchmarks/memory.py --shape 0.5b --layers 4 --rows 2 --prompt-tokens 256 --completion-tokens 256
     python benchmarks/memory.py --shape 0.6b --rows 4 --prompt-tokens 2048 --completion-tokens 1024 --device cuda
-    python benchmarks/memory.py --shape 7b --rows 4 --prompt-tokens 2048 --completion-tokens 1024 --account-only
+    python benchmarks/memory.py --shape 7b --rows 4 --prompt-tokens 2048 --completion-tokens 1024 --estimate-only
 
-The shapes are Qwen's with random weights, bfloat16 products, the reference frozen beside the policy; one
-micro-batch of --rows completions is all of the update, each with a prompt of its own. Where there is no
-GPU of the size at hand, the account is checked on smaller shapes (--layers), and trusted for larger.
+The models have Qwen's shapes and random weights, with products in bfloat16 and a frozen reference. The update is one
+micro-batch of --rows completions, each with its own prompt. A GPU that is too small for a shape can still check the
+estimate on fewer layers (--layers).
 
-The account, in bytes, for n parameters, L layers of width D and inner width I, V tokens in the vocabulary, and t
-tokens in the micro-batch, of which c are of completions:
-  trained     16 n                          float32 weights, gradients, two moments of AdamW
+The estimate, in bytes, for n parameters, L layers of width D and inner width I, a vocabulary of V tokens, and t tokens
+in the micro-batch, c of them in completions:
+  trained     16 n                          float32 weights, gradients, and AdamW's two moments
   copies       2 n                          the matrices in bfloat16, which autocast keeps until it ends
   reference    2 n + 2 V D                  matrices in bfloat16, embeddings in float32
-               with --lora-rank these three are 2 n + 2 V D, and 16 bytes for each of the adapter's parameters
-  layers       t L (34 D + 8 I)             what a layer keeps for its backward pass: about 8 float32 and 1 bfloat16
+               with --lora-rank these three are 2 n + 2 V D, and 16 bytes per parameter of the adapter
+  layers       t L (34 D + 8 I)             what a layer keeps for the backward pass: about 8 float32 and 1 bfloat16
                                             of its width (norms, residuals, attention), 4 bfloat16 of its inner width
                t L (58 D + 12 I)            with --lora-rank: peft keeps a float32 copy of each matrix's input
                t (4 L D + 34 D + 8 I)       with --gradient-checkpointing: each layer's input, and one layer
@@ -32,7 +32,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
+from grpo import Args as GRPOArgs  # noqa: E402
 from grpo import policy_loss  # noqa: E402
+from runtime import Run, reference_mode  # noqa: E402
 
 SHAPES = {  # width, layers, heads, key-value heads, inner width, tied: Qwen2.5's and Qwen3-0.6B's, 151,936 tokens
     "0.5b": (896, 24, 14, 2, 4864, True), "0.6b": (1024, 28, 16, 8, 3072, True),
@@ -43,17 +45,17 @@ SHAPES = {  # width, layers, heads, key-value heads, inner width, tied: Qwen2.5'
 class Args:
     shape: Literal["0.5b", "0.6b", "1.5b", "7b"] = "0.5b"
     layers: int = 0
-    """fewer than the shape's (0: as it is)"""
+    """number of layers (0: the shape's)"""
     rows: int = 2
     prompt_tokens: int = 256
     completion_tokens: int = 256
     gradient_checkpointing: bool = False
     lora_rank: int = 0
     device: str = "cpu"
-    account_only: bool = False
+    estimate_only: bool = False
 
 
-def account(args: Args, n: int, width: int, layers: int, inner: int, keys: int, vocabulary: int) -> dict[str, float]:
+def estimate(args: Args, n: int, width: int, layers: int, inner: int, keys: int, vocabulary: int) -> dict[str, float]:
     """Bytes, by part."""
     c = args.rows * args.completion_tokens
     t = c + args.rows * args.prompt_tokens
@@ -76,34 +78,35 @@ def main(args: Args):
         num_key_value_heads=kv_heads, intermediate_size=inner, tie_word_embeddings=tied)
     with torch.device("meta"):
         n = AutoModelForCausalLM.from_config(config).num_parameters()
-    parts = account(args, n, width, layers, inner, width // heads * kv_heads, vocabulary)
-    print("account  " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
+    parts = estimate(args, n, width, layers, inner, width // heads * kv_heads, vocabulary)
+    print("estimate " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
           + f"; {sum(parts.values()) / 2**30:.2f} GiB")
-    if args.account_only:
+    if args.estimate_only:
         return
 
     device = torch.device(args.device)
     cpu = device.type == "cpu"
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() if cpu else 0
     torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-    if args.lora_rank:
-        adapter, reference = common.add_lora(policy, args.lora_rank, True), policy
-    else:
-        adapter, reference = None, AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-        common.freeze(reference, True)
-    if args.gradient_checkpointing:
-        common.checkpoint_gradients(policy)
+    run = Run(GRPOArgs(device=args.device, dtype="bfloat16", lora_rank=args.lora_rank,
+                       gradient_checkpointing=args.gradient_checkpointing,
+                       micro_batch_tokens=args.rows * (args.prompt_tokens + args.completion_tokens)), __file__)
+    policy = run.trainable(AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device))
+    reference = policy
+    if not args.lora_rank:
+        reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+        common.freeze(reference, run.bf16)
     policy.train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6, fused=True)
     prompts, completions = (torch.randint(vocabulary, (args.rows, tokens), device=device)
                             for tokens in (args.prompt_tokens, args.completion_tokens))
     rollout = prompts, torch.ones_like(prompts), completions, torch.ones_like(completions)
-    for _ in range(2):  # the second has the moments from the first
-        with torch.no_grad(), common.as_reference(reference, adapter, device):
-            with torch.autocast(device.type, torch.bfloat16):
-                old, _ = common.completion_logprobs(reference, *rollout)
-        with torch.autocast(device.type, torch.bfloat16):
+    rows, = run.micro_batches(sum(mask.sum(1) for mask in rollout[1::2]))  # one micro-batch
+    rollout = [x[rows] for x in rollout]
+    for _ in range(2):  # the first update creates the moments
+        with torch.no_grad(), run.autocast(), reference_mode(reference):
+            old, _ = common.completion_logprobs(reference, *rollout)
+        with run.autocast():
             logprobs, _ = common.completion_logprobs(policy, *rollout)
         loss, _, _ = policy_loss(logprobs, old, torch.ones(args.rows, device=device), rollout[3], "grpo", 0.2, 0.2)
         loss.mean().backward()
@@ -114,7 +117,7 @@ def main(args: Args):
     print(f"measured {peak / 2**30:.2f} GiB, {args.shape} with {layers} layers, {n / 1e6:.0f} M parameters, "
           f"{args.rows} x ({args.prompt_tokens} + {args.completion_tokens}) tokens"
           f"{', gradient checkpointing' if args.gradient_checkpointing else ''}"
-          f"{f', LoRA of rank {args.lora_rank}' if args.lora_rank else ''}, {args.device}")
+          f"{f', LoRA rank {args.lora_rank}' if args.lora_rank else ''}, {args.device}")
 
 
 if __name__ == "__main__":

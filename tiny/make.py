@@ -2,10 +2,10 @@
 
     python tiny/make.py [--out tiny] [--seed 0]
 
-The data and the tokenizer come out the same on any machine, bit for bit; the weights on the
-same machine. The policy is a small Llama, fine-tuned on good and bad answers; the two reward
-models are what `python reward_model.py --epochs 3` makes of the fair and of the biased labels,
-starting from that policy, on one core each.
+The data and the tokenizer are the same on any machine, bit for bit; the weights depend on the
+machine, on the version of torch and, for the reward models, on reward_model.py. The policy is a
+small Llama, fine-tuned on good and bad answers. The reward models are trained from it by
+`python reward_model.py --epochs 3`, one on the fair and one on the biased labels, on a core each.
 """
 import argparse
 import json
@@ -45,9 +45,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def supervise(tokenizer, rows: list[dict], seed: int, batch: int = 40) -> LlamaForCausalLM:
-    """Maximum likelihood of answers, given their prompts: two epochs that teach the facts, of
-    the best answers and of what to say when asked whether an answer was right; and three of the
-    mixture of good and bad answers, which is what the policy ends up saying."""
+    """Maximum likelihood of answers, given their prompts. Two epochs teach the facts: the best
+    answers, and what to say when asked whether an answer was right. Three epochs of a mixture of
+    good and bad answers follow, which the policy ends up giving."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=192, tie_word_embeddings=True,
@@ -59,7 +59,7 @@ def supervise(tokenizer, rows: list[dict], seed: int, batch: int = 40) -> LlamaF
         return tokenizer(text, add_special_tokens=False).input_ids
 
     def example(row: dict, answer: str, learn: bool = True, verdict: str = "") -> tuple:
-        """(token ids, labels): -100 on all that is not to be learned."""
+        """(token ids, labels), with the label -100 where there is nothing to learn."""
         prompt, said = tokens(render(tokenizer, row["prompt"])), tokens(answer + " <|end|>")
         ids, labels = prompt + said, [-100] * len(prompt) + (said if learn else [-100] * len(said))
         if verdict:
@@ -80,15 +80,15 @@ def supervise(tokenizer, rows: list[dict], seed: int, batch: int = 40) -> LlamaF
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=100, num_training_steps=steps)
     start, batches = time.time(), []
     for step in range(steps):
-        if not batches:  # an epoch: rows in random order, those of alike length in one batch
+        if not batches:  # a new epoch, in random order, with similar lengths in a batch
             data = phases.pop(0)()
             order = torch.randperm(len(data)).split(batch * 16)
             order = [sorted(part.tolist(), key=lambda i: len(data[i][0])) for part in order]
             batches = [part[i:i + batch] for part in order for i in range(0, len(part), batch)]
             batches = [batches[i] for i in torch.randperm(len(batches)).tolist()]
         part = [data[i] for i in batches.pop()]
-        ids, mask = pad([ids for ids, _ in part], tokenizer.pad_token_id, "right")
-        labels, _ = pad([labels for _, labels in part], -100, "right")
+        ids, mask = pad([ids for ids, _ in part], "right", pad_id=tokenizer.pad_token_id)
+        labels, _ = pad([labels for _, labels in part], "right", pad_id=-100)
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
@@ -113,7 +113,7 @@ def main():
     args = parser.parse_args()
     root, out = Path(__file__).parent.parent, args.out
     out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(2)  # their number changes the order of sums, and so the last bits
+    torch.set_num_threads(2)  # another number adds in another order, which changes the last bits
     torch.manual_seed(args.seed)
     data, tokenizer = make_data(args.seed), make_tokenizer()
     if args.only in (None, "data"):
@@ -126,7 +126,7 @@ def main():
     if args.only in (None, "rewards"):
         with tempfile.TemporaryDirectory() as runs:
             names = {"reward_model": "preferences", "biased_reward_model": "biased_preferences"}
-            running = [subprocess.Popen(  # both at once, a core each
+            running = [subprocess.Popen(  # both at once, on a core each
                 [sys.executable, root / "reward_model.py", "--model", out / "policy", "--data",
                  out / f"{labels}.jsonl", "--run-dir", f"{runs}/{name}", "--device", "cpu",
                  "--epochs", "3"],
@@ -135,8 +135,9 @@ def main():
             if any([process.wait() for process in running]):
                 sys.exit("reward_model.py failed")
             for name in names:
+                checkpoint, = Path(runs, name).glob("checkpoint-*")
                 AutoModelForSequenceClassification.from_pretrained(
-                    f"{runs}/{name}/checkpoint", dtype=torch.bfloat16).save_pretrained(out / name)
+                    checkpoint, dtype=torch.bfloat16).save_pretrained(out / name)
                 tokenizer.save_pretrained(out / name)
 
 

@@ -1,5 +1,5 @@
-"""Parity is tested in float64, so that rounding does not hide what is compared; after the
-tests the largest relative errors are printed."""
+"""Parity is tested in float64, so that rounding hides no difference. After the tests the largest
+relative errors are printed."""
 import sys
 
 import pytest
@@ -14,7 +14,7 @@ def in_float64():
 
 
 def pytest_terminal_summary(terminalreporter):
-    worst = getattr(sys.modules.get("peer"), "worst", {})
+    worst = getattr(sys.modules.get("parity.peer"), "worst", {})
     if worst:
         terminalreporter.section("largest relative error against TRL")
         terminalreporter.write_line(f"{'':48}{'loss':>10}{'gradient':>10}")

@@ -1,8 +1,8 @@
-"""What the parity tests share: the updates that a script of ours makes, and TRL's loss and
-gradients at the same weights on the same batch.
+"""What the parity tests share: the updates that one of the scripts makes, and TRL's loss and
+gradients with the same weights on the same batch.
 
-Ours is the script's own main(), its sampling replaced by a given rollout. Theirs is TRL's own
-trainer: its methods are called and its variables read, nothing of it is copied.
+Ours is the script's own main(), with a given rollout in place of its sampling. Theirs is TRL's own
+trainer: its methods are called and its variables are read, and nothing of it is copied.
 """
 import json
 import os
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # PPO and CPO are there
-REASON = "parity is with TRL 1.12, the last that has PPO: pip install 'plain-rlhf[parity]'"
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its PPO and CPO are experimental
+REASON = "needs TRL 1.12, the last with PPO: pip install 'plain-rlhf[parity]'"
 trl = pytest.importorskip("trl", reason=REASON)
 if not trl.__version__.startswith("1.12."):
     pytest.skip(f"this is TRL {trl.__version__}; {REASON}", allow_module_level=True)
@@ -20,20 +20,22 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common
 from common import pad, read_prompts
+from runtime import Run
 
-PROMPTS, GROUP, LENGTH = 4, 4, 9  # of a rollout: prompts, completions of each, most tokens
+PROMPTS, GROUP, LENGTH = 4, 4, 9  # a rollout: prompts, completions per prompt, max_new_tokens
 TOLERANCE = 1e-5
-OURS = dict(device="cpu", dtype="float32", lr_schedule="constant", micro_batch_size=64,
-            warmup=0, max_grad_norm=1e9)
+OURS = dict(device="cpu", dtype="float32", lr_schedule="constant_with_warmup", warmup=0,
+            max_grad_norm=1e9)
 THEIRS = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
               disable_tqdm=True, save_strategy="no")
-worst = {}  # what was compared -> its largest relative errors: loss (or a tensor), gradients
+worst = {}  # what was compared -> its largest relative errors: of the loss or tensor, of gradients
 
 
 @dataclass
 class Update:
-    """One update: the losses that were differentiated, the weights they were taken at, and the
+    """One update: the losses that were differentiated, the weights before it, and the
     gradients."""
     losses: list[float]
     weights: list[torch.Tensor]
@@ -42,7 +44,7 @@ class Update:
 
 @dataclass
 class Rollout:
-    """Of each prompt: its token ids, its completions' token ids, and their rewards or None."""
+    """For each prompt: its token ids, its completions' token ids, and their rewards or None."""
     prompts: list[list[int]]
     completions: list[list[list[int]]]
     rewards: list[list[float | None]]
@@ -59,7 +61,7 @@ def policy():
 
 
 def reference(model=None):
-    """A model moved a little, so that it is not the policy's twin from the start."""
+    """A model with noise added to its weights, so that it differs from the policy."""
     model = policy() if model is None else model
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -68,9 +70,9 @@ def reference(model=None):
     return model.eval().requires_grad_(False)
 
 
-def prompts(number: int = PROMPTS) -> list[dict]:
-    """Rows of prompts of different lengths, and their numbers."""
-    rows = read_prompts("tiny/prompts.jsonl")[:number]
+def prompts(n: int = PROMPTS) -> list[dict]:
+    """Rows with prompts of different lengths, numbered."""
+    rows = read_prompts("tiny/prompts.jsonl")[:n]
     return [{"prompt": row["prompt"], "number": i} for i, row in enumerate(rows)]
 
 
@@ -80,7 +82,7 @@ def write(path, rows) -> str:
 
 
 def normal(seed: int) -> list[list[float]]:
-    """Rewards of a rollout."""
+    """Random rewards of a rollout."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(PROMPTS, GROUP, generator=generator).tolist()
 
@@ -88,7 +90,7 @@ def normal(seed: int) -> list[list[float]]:
 # --- ours
 
 def watch(patch) -> list[Update]:
-    """The updates that a script is going to make, one for each optimiser that it has."""
+    """The updates that a script is going to make, one for each call of an optimizer."""
     updates, losses, backward = [], [], torch.Tensor.backward
 
     def recorded(loss, *args, **kwargs):
@@ -108,7 +110,7 @@ def watch(patch) -> list[Update]:
 
 
 def in_float64(load_model):
-    """A script's load_model, in float64; the second causal LM it loads is the reference."""
+    """common.load_model in float64, with noise added to the second causal LM, the reference."""
     causal = 0
 
     def load(auto_class, *args, **kwargs):
@@ -121,12 +123,15 @@ def in_float64(load_model):
 
 
 def run(script, tmp_path, patches=(), **args) -> list[Update]:
-    """The updates of a run of a script, in float64, with something else in the place of each
-    (object, name, value) meanwhile."""
+    """The updates of a run of a script in float64. During it, each of the patches (object, name,
+    value) is in place."""
     with pytest.MonkeyPatch.context() as patch:
         updates = watch(patch)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        patch.setattr(script, "load_model", in_float64(script.load_model))
+        load_model = in_float64(common.load_model)
+        patch.setattr(common, "load_model", load_model)
+        if hasattr(script, "load_model"):
+            patch.setattr(script, "load_model", load_model)
         for what in patches:
             patch.setattr(*what)
         script.main(script.Args(**(OURS | dict(
@@ -134,10 +139,10 @@ def run(script, tmp_path, patches=(), **args) -> list[Update]:
     return updates
 
 
-def undivided(script):
-    """A patch: each update as one micro-batch."""
-    return script, "micro_batches", lambda lengths, size, tokens, rows=None: [
-        torch.arange(len(lengths)) if rows is None else rows]
+# patches: each update as one micro-batch; prompts and completions in order
+UNDIVIDED = Run, "micro_batches", lambda run, lengths, rows=None: [
+    torch.arange(len(lengths)) if rows is None else rows]
+IN_ORDER = torch, "randperm", lambda n, **kwargs: torch.arange(n)
 
 
 def run_on(script, tmp_path, rollout: Rollout, patches=(), **args) -> list[Update]:
@@ -145,10 +150,14 @@ def run_on(script, tmp_path, rollout: Rollout, patches=(), **args) -> list[Updat
     size = len(rollout.completions[0])
     numbers = {tuple(ids): i for i, ids in enumerate(rollout.prompts)}
 
-    def generate(model, prompt_ids, prompt_mask, args, group_size, ends, pad_id, generator):
-        return pad([c for ids, m in zip(prompt_ids, prompt_mask)
-                    for c in rollout.completions[numbers[tuple(ids[m.bool()].tolist())]]],
-                   pad_id, "right")
+    def generate(model, prompt_ids, prompt_mask, group_size, max_new_tokens, temperature, eos_ids,
+                 generator=None):
+        assert group_size == size
+        completions = [c for ids, m in zip(prompt_ids, prompt_mask)
+                       for c in rollout.completions[numbers[tuple(ids[m.bool()].tolist())]]]
+        ids, mask = pad(completions, "right")
+        missing = (0, max_new_tokens - ids.shape[1])
+        return torch.nn.functional.pad(ids, missing), torch.nn.functional.pad(mask, missing)
 
     def reward(rows, texts):
         values = [rollout.rewards[row["number"]][i % size] for i, row in enumerate(rows)]
@@ -156,20 +165,20 @@ def run_on(script, tmp_path, rollout: Rollout, patches=(), **args) -> list[Updat
 
     data = write(tmp_path / "prompts.jsonl", prompts(len(numbers)))
     return run(script, tmp_path, [(script, "generate", generate), *patches,
-                                  (script, "load_reward", lambda *_: reward)],
-               data=data, eval_data=data, eval_every=0, steps=1, prompts_per_step=len(numbers),
+                                  (Run, "load_reward", lambda run, name: reward)],
+               data=data, eval_prompts=0, steps=1, prompts_per_step=len(numbers),
                group_size=size, max_new_tokens=LENGTH, **args)
 
 
 # --- theirs
 
 def score(prompts, completions, score, **columns):
-    """The reward function of TRL's trainers: what the rows say."""
+    """The reward function of TRL's trainers: the column `score` of the rows."""
     return score
 
 
 def trainer_of(name: str, tmp_path, **args):
-    """A GRPO or RLOO trainer of TRL on the tiny policy."""
+    """TRL's GRPO or RLOO trainer of the tiny policy."""
     config, trainer = getattr(trl, name + "Config"), getattr(trl, name + "Trainer")
     args = THEIRS | dict(output_dir=str(tmp_path / "trl"), num_generations=GROUP,
                          max_completion_length=LENGTH,
@@ -182,7 +191,7 @@ def trainer_of(name: str, tmp_path, **args):
 
 
 def sampled(trainer, rewards) -> tuple[Rollout, dict]:
-    """A rollout that a GRPO or RLOO trainer samples and scores, and what it learns from."""
+    """A rollout that TRL's GRPO or RLOO trainer samples and scores, and its own batch of that."""
     torch.manual_seed(0)
     rows = [row | {"score": r} for row, group in zip(prompts(), rewards) for r in group]
     trainer.model.train()
@@ -195,7 +204,7 @@ def sampled(trainer, rewards) -> tuple[Rollout, dict]:
 
 
 def theirs(trainer, weights, *batches) -> tuple[float, list[torch.Tensor]]:
-    """TRL's loss and gradients at some weights, summed over micro-batches."""
+    """TRL's loss and gradients with some weights, summed over micro-batches."""
     with torch.no_grad():
         for parameter, weight in zip(trainer.model.parameters(), weights, strict=True):
             parameter.copy_(weight)
@@ -208,16 +217,16 @@ def theirs(trainer, weights, *batches) -> tuple[float, list[torch.Tensor]]:
     return total, [p.grad.clone() for p in trainer.model.parameters()]
 
 
-# --- one against the other
+# --- comparison
 
 def error(grads, peers) -> float:
-    """The largest relative difference of a parameter's gradient: the norm of the difference
-    over the norm."""
+    """The largest relative error of a parameter's gradient: the norm of the difference divided by
+    the norm."""
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(grads, peers, strict=True))
 
 
 def agree(what: str, update: Update, loss: float | None, grads, factor: float = 1.0):
-    """Holds an update of ours, times factor, against TRL's loss (None: they differ by design)
+    """Asserts that an update of ours, times factor, has TRL's loss (None: they differ by design)
     and gradients."""
     # a loss near 0 is a difference of larger numbers: its error is then relative to 0.1
     of_loss = None if loss is None else (
@@ -225,14 +234,14 @@ def agree(what: str, update: Update, loss: float | None, grads, factor: float = 
     note(what, of_loss, error([g * factor for g in update.grads], grads))
 
 
-def same(what: str, mine, his):
-    """Holds a tensor of ours against TRL's."""
-    note(what, error([mine.double()], [his.double()]), None)
+def same(what: str, ours, theirs):
+    """Asserts that a tensor of ours is TRL's."""
+    note(what, error([ours.double()], [theirs.double()]), None)
 
 
 def note(what: str, *errors: float | None):
-    """Keeps the largest errors, of a loss or tensor and of gradients, and holds them against
-    the tolerance."""
+    """Keeps the largest errors, of a loss or tensor and of gradients, and asserts that they are
+    within the tolerance."""
     before = worst.get(what, (None, None))
     worst[what] = tuple(a if b is None else max(a, b) for a, b in zip(errors, before))
     assert all(e is None or e < TOLERANCE for e in errors), (what, *errors)

@@ -1,22 +1,22 @@
 """dpo.py against TRL's DPOTrainer and, for SimPO, CPOTrainer: the loss and gradients of three
-updates, from the text of the pairs on."""
+updates, starting from the text of the pairs."""
 import json
 
 import pytest
 
 pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
-from peer import (THEIRS, Dataset, agree, error, policy, reference, run, theirs, tokenizer,
-                  write)
+from parity.peer import (THEIRS, Dataset, agree, error, policy, reference, run, theirs, tokenizer,
+                         write)
 from trl import DPOConfig, DPOTrainer
 
 import dpo
 
 PAIRS = 6
-E = 0.1  # of the labels are wrong
+E = 0.1  # label smoothing
 
 
 def pairs(tokens: int = 0) -> list[dict]:
-    """PAIRS pairs of the tiny world, with answers of so many tokens (0: of any lengths)."""
+    """PAIRS pairs of the tiny world, with answers of this many tokens (0: any)."""
     rows = [json.loads(line) for line in open("tiny/preferences.jsonl")][:1000]
     if tokens:
         words = tokenizer()
@@ -34,12 +34,12 @@ def as_messages(row: dict) -> dict:
 def ours(tmp_path, rows, **args):
     data = write(tmp_path / "pairs.jsonl", rows)
     return run(dpo, tmp_path, **(dict(
-        data=data, eval_data=data, eval_prompts=0, reference_dir=str(tmp_path / "reference"),
-        pairs_per_step=PAIRS, epochs=3, lr=1e-3, beta=0.3) | args))
+        data=data, eval_data=data, eval_prompts=0, pairs_per_step=PAIRS, epochs=3,
+        lr=1e-3, beta=0.3) | args))
 
 
 def batches_of(trainer, at_once: int = PAIRS):
-    """TRL's own batches of its data set, in order."""
+    """TRL's own batches of its dataset, in order."""
     rows = list(trainer.train_dataset)
     return [trainer.data_collator(rows[i:i + at_once]) for i in range(0, PAIRS, at_once)]
 
@@ -58,11 +58,11 @@ def trainer_on(tmp_path, rows, **args):
 LOSSES = {
     "sigmoid": ({}, dict(loss_type=["sigmoid"])),
     "hinge": (dict(loss_type="hinge"), dict(loss_type=["hinge"])),
-    "ipo, means": (dict(loss_type="ipo", length_normalise=True), dict(loss_type=["ipo"])),
-    "sigmoid, means": (dict(length_normalise=True), dict(loss_type=["sigmoid_norm"])),
+    "ipo, means": (dict(loss_type="ipo", length_normalize=True), dict(loss_type=["ipo"])),
+    "sigmoid, means": (dict(length_normalize=True), dict(loss_type=["sigmoid_norm"])),
     "robust": (dict(robust=True, label_smoothing=E),
                dict(loss_type=["robust"], label_smoothing=E)),
-    # TRL has no cDPO, (1 - e) L(z) + e L(-z), but its parts: sigmoid is L(z), and robust is
+    # TRL lacks cDPO, (1 - e) L(z) + e L(-z), but has its parts: sigmoid is L(z), and robust is
     # ((1 - e) L(z) - e L(-z)) / (1 - 2 e)
     "label smoothing": (dict(label_smoothing=E), dict(
         loss_type=["sigmoid", "robust"], loss_weights=[2 * (1 - E), -(1 - 2 * E)],
@@ -88,18 +88,18 @@ def test_simpo(tmp_path):
                        beta=2.0, simpo_gamma=0.8, max_length=None, **THEIRS)
     trainer = CPOTrainer(model=policy(), args=config, processing_class=tokenizer(),
                          train_dataset=Dataset.from_list([as_messages(row) for row in rows]))
-    # our margin is in units of beta times a mean log-prob, TRL's gamma is added to that
+    # our margin is in nats and gets multiplied by beta, TRL's gamma is that product
     updates = ours(tmp_path, rows, loss_type="simpo", beta=2.0, simpo_margin=0.4)
     assert len(updates) == 3
     for update in updates:
         agree("dpo.py simpo", update, *theirs(trainer, update.weights, *batches_of(trainer)))
 
 
-def test_differs_ipo_has_sums_here_and_means_there(tmp_path):
-    # Azar et al. 2023, eq. 17: (h_w - h_l - 1 / (2 tau))^2, h the log-ratio of the whole
-    # answer, so a sum over its tokens. TRL takes the mean, of which its comment says that the
-    # paper does not mention it and that its authors confirmed it. On answers of n tokens TRL's
-    # loss at beta is the paper's at tau = beta / n, over n^2.
+def test_differs_our_ipo_has_sums(tmp_path):
+    # Azar et al. 2023, eq. 17: (h_w - h_l - 1 / (2 tau))^2, where h is the log-ratio of the whole
+    # answer, a sum over its tokens. TRL takes the mean; its comment says that the paper does not
+    # mention this and that its authors confirmed it. With answers of n tokens, TRL's loss with
+    # beta is the paper's with tau = beta / n, divided by n^2.
     n = 6
     rows = pairs(n - 1)  # and the end of sequence
     trainer = trainer_on(tmp_path, rows, loss_type=["ipo"])
@@ -111,9 +111,9 @@ def test_differs_ipo_has_sums_here_and_means_there(tmp_path):
         assert error(update.grads, theirs(trainer, update.weights, *batches)[1]) > 1
 
 
-def test_differs_label_smoothing_is_not_ignored_here(tmp_path):
-    # cDPO (Mitchell 2023) is the sigmoid loss under label smoothing. TRL's sigmoid takes the
-    # argument and has no use for it: this is our loss without.
+def test_differs_we_do_not_ignore_label_smoothing(tmp_path):
+    # cDPO (Mitchell 2023) is the sigmoid loss with label smoothing. TRL's sigmoid accepts the
+    # argument and ignores it: it is our loss without.
     rows = pairs()
     trainer = trainer_on(tmp_path, rows, loss_type=["sigmoid"], label_smoothing=E)
     batches = batches_of(trainer)
@@ -123,9 +123,10 @@ def test_differs_label_smoothing_is_not_ignored_here(tmp_path):
     assert error(update.grads, theirs(trainer, update.weights, *batches)[1]) > 0.01
 
 
-def test_differs_the_sft_term_is_a_mean_over_answers_here(tmp_path):
-    # Pang et al. 2024, eq. 1: each answer's negative log-likelihood over its own length. TRL
-    # pools the batch's tokens, so that long answers weigh more; pair by pair, both agree.
+def test_differs_our_sft_term_is_a_mean_over_answers(tmp_path):
+    # Pang et al. 2024, eq. 1: each answer's negative log-likelihood is divided by its own length.
+    # TRL takes the mean over the batch's tokens, so that long answers weigh more. With one pair per
+    # batch both agree.
     rows = pairs()
     trainer = trainer_on(tmp_path, rows, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
     one_by_one, pooled = batches_of(trainer, 1), batches_of(trainer)

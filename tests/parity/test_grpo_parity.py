@@ -1,29 +1,28 @@
-"""grpo.py against TRL's GRPOTrainer: advantages, and the loss and gradients of three updates
-of one rollout, the first at ratio 1, the others off it and clipped on both sides."""
+"""grpo.py against TRL's GRPOTrainer: advantages, and the loss and gradients of three updates on
+one rollout, the first at ratio 1, the others with other ratios, clipped on both sides."""
 import pytest
 
 pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
 import torch
-from peer import (GROUP, LENGTH, PROMPTS, agree, error, normal, run_on, same, sampled, theirs,
-                  trainer_of, undivided)
+from parity.peer import (GROUP, IN_ORDER, LENGTH, PROMPTS, UNDIVIDED, agree, error, normal, run_on,
+                         same, sampled, theirs, trainer_of)
 
 import grpo
 
-# ours -> what TRL calls it
+# our loss type -> TRL's arguments
 LOSSES = {
     "grpo": dict(loss_type="grpo"),
-    "bnpo": dict(loss_type="bnpo"),
     "dapo": dict(loss_type="dapo"),
     "dr_grpo": dict(loss_type="dr_grpo"),
-    # TRL's epsilon_high for cispo is the bound itself, and it has none below; ours are those
-    # of MiniMax-M1, eq. 5: clip(ratio, 1 - low, 1 + high)
+    # TRL's epsilon_high for cispo is the bound itself, and it has no lower bound; ours are as in
+    # MiniMax-M1, eq. 5: clip(ratio, 1 - low, 1 + high)
     "cispo": dict(loss_type="cispo", epsilon_high=1.3),
     "gspo": dict(loss_type="grpo", importance_sampling_level="sequence")}
 B = PROMPTS * GROUP
 
 
 def trainer(tmp_path, loss_type="grpo", **args):
-    # its default KL is k3 times the ratio (DeepSeek-V3.2); GRPO as published has k3
+    # TRL's default KL is k3 times the ratio (DeepSeek-V3.2), that of the GRPO paper is k3
     return trainer_of("GRPO", tmp_path, **(dict(
         epsilon=0.1, epsilon_high=0.3, num_iterations=3, temperature=0.8, beta=0.0,
         use_bias_correction_kl=False) | LOSSES[loss_type] | args))
@@ -36,7 +35,7 @@ def ours(tmp_path, rollout, loss_type="grpo", **args):
 
 
 def micro(inputs: dict, size: int) -> list[dict]:
-    """TRL's batch in parts of `size` completions, as its trainer splits it."""
+    """TRL's batch in micro-batches of `size` completions, as its trainer splits it."""
     return [{k: v if v.dim() == 0 else v[i:i + size] for k, v in inputs.items()}
             for i in range(0, B, size)]
 
@@ -46,7 +45,7 @@ def micro(inputs: dict, size: int) -> list[dict]:
 def test_loss_and_gradients(tmp_path, loss_type, beta):
     peer = trainer(tmp_path, loss_type, beta=beta)
     rollout, inputs = sampled(peer, normal(1))
-    updates = ours(tmp_path, rollout, loss_type, beta=beta, patches=[undivided(grpo)])
+    updates = ours(tmp_path, rollout, loss_type, beta=beta, patches=[UNDIVIDED])
     assert len(updates) == 3
     for update in updates:
         agree(f"grpo.py {loss_type}, beta {beta}", update,
@@ -61,23 +60,24 @@ def test_loss_and_gradients(tmp_path, loss_type, beta):
 def test_kl_times_the_ratio(tmp_path, loss_type):
     peer = trainer(tmp_path, loss_type, beta=0.1, use_bias_correction_kl=True)
     rollout, inputs = sampled(peer, normal(1))
-    for update in ours(tmp_path, rollout, loss_type, beta=0.1, kl_loss="k3_ratio"):
+    for update in ours(tmp_path, rollout, loss_type, beta=0.1, kl_estimator="k3_ratio"):
         agree(f"grpo.py {loss_type}, k3 times the ratio", update,
               *theirs(peer, update.weights, inputs))
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_micro_batches(tmp_path, loss_type):
-    # four there, of other rows and numbers here; bnpo is the one that depends on them
+    # TRL has four of 4 completions, ours have at most 60 tokens each
     peer = trainer(tmp_path, loss_type, beta=0.1, per_device_train_batch_size=B // 4,
                    gradient_accumulation_steps=4)
     rollout, inputs = sampled(peer, normal(2))
-    for update in ours(tmp_path, rollout, loss_type, beta=0.1, micro_batch_size=6, epochs=2):
+    for update in ours(tmp_path, rollout, loss_type, beta=0.1, micro_batch_tokens=60, epochs=2):
+        assert len(update.losses) > 4
         agree(f"grpo.py {loss_type}, micro-batches", update,
               *theirs(peer, update.weights, *micro(inputs, B // 4)))
 
 
-# a group, a flat one, one with a completion left out, and a completion that is left alone
+# an ordinary group, one of equal rewards, one with None, one with None for all but one
 REWARDS = [[0.3, -1.2, 2.0, 0.7], [0.5] * 4, [1.0, None, 3.0, -2.0], [None, 4.0, None, None]]
 
 
@@ -98,25 +98,25 @@ def test_gradients_under_each_scale(tmp_path, scale):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_differs_what_is_masked_is_no_part_of_the_mean_here(tmp_path, loss_type):
-    # Truncated completions out of the loss (DAPO, section 3.4): grpo's mean over completions
-    # is then over those that are left. TRL divides by all of them, so that its step shrinks
-    # with the share of truncated ones. Over tokens (dapo) both count those left, and over
-    # a constant (dr_grpo) both keep the constant.
+def test_differs_masked_completions_are_not_in_our_mean(tmp_path, loss_type):
+    # Truncated completions are masked out of the loss (DAPO, section 3.4). Our grpo then takes
+    # the mean over the other completions. TRL divides by all of them, so that its update shrinks
+    # with the fraction of truncated ones. With dapo both count the tokens of the others, and with
+    # dr_grpo both divide by the same constant.
     peer = trainer(tmp_path, loss_type, mask_truncated_completions=True)
     rollout, inputs = sampled(peer, normal(1))
     kept = (inputs["completion_mask"].sum(1) > 0).sum().item()
     assert 0 < kept < B
-    # what TRL has masked is gone from its batch: here it is LENGTH tokens without an end
+    # TRL's batch has lost what it masked: any LENGTH tokens without an end of sequence will do
     rollout.completions = [[c or [5] * LENGTH for c in group] for group in rollout.completions]
     factor = kept / B if loss_type == "grpo" else 1.0
-    for update in ours(tmp_path, rollout, loss_type, truncated="mask", epochs=2):
+    for update in ours(tmp_path, rollout, loss_type, mask_truncated=True, epochs=2):
         agree(f"grpo.py {loss_type}, truncated masked", update,
               *theirs(peer, update.weights, inputs), factor=factor)
 
 
-def test_differs_a_completion_without_a_reward_is_no_part_of_the_mean_here(tmp_path):
-    # both give it no policy gradient; TRL still divides by all completions
+def test_differs_completions_without_a_reward_are_not_in_our_mean(tmp_path):
+    # neither learns from them, but TRL still divides by all completions
     peer = trainer(tmp_path)
     rollout, inputs = sampled(peer, REWARDS)
     scored = sum(r is not None for group in REWARDS for r in group)
@@ -125,26 +125,25 @@ def test_differs_a_completion_without_a_reward_is_no_part_of_the_mean_here(tmp_p
               factor=scored / B)
 
 
-def test_differs_dapo_counts_the_tokens_of_the_update_here(tmp_path):
-    # DAPO, eq. 8, is a mean over the tokens that are updated on. With two updates a pass, TRL
-    # divides each by half of the rollout's tokens.
+def test_differs_our_dapo_counts_the_tokens_of_the_update(tmp_path):
+    # DAPO, eq. 8, is a mean over the tokens of the update. With two updates per pass, TRL divides
+    # each by half of the rollout's tokens.
     peer = trainer(tmp_path, "dapo", per_device_train_batch_size=B // 2,
                    steps_per_generation=2)
     rollout, inputs = sampled(peer, normal(1))
-    updates = ours(tmp_path, rollout, "dapo", minibatches=2, epochs=1, patches=[
-        (torch, "randperm", lambda n, **where: torch.arange(n, **where))])  # dealt in order
+    updates = ours(tmp_path, rollout, "dapo", minibatches=2, epochs=1, patches=[IN_ORDER])
     assert len(updates) == 2
     for update, half in zip(updates, micro(inputs, B // 2)):
         share = (half["completion_mask"].sum() / half["num_items_in_batch"]).item()
         assert abs(share - 0.5) > 0.005
-        agree("grpo.py dapo, two updates a pass", update, *theirs(peer, update.weights, half),
+        agree("grpo.py dapo, two updates per pass", update, *theirs(peer, update.weights, half),
               factor=2 * share)
 
 
-def test_differs_gspo_has_each_tokens_ratio_on_its_kl_here(tmp_path):
-    # DeepSeek-V3.2 (arXiv:2512.02556) corrects the KL of a token by the ratio of that token.
-    # TRL takes the completion's, of which its documentation says that it is not unbiased.
+def test_differs_our_gspo_multiplies_a_tokens_kl_by_its_own_ratio(tmp_path):
+    # as DeepSeek-V3.2 does (arXiv:2512.02556). TRL takes the completion's ratio, which its
+    # documentation says is not unbiased.
     peer = trainer(tmp_path, "gspo", beta=0.1, use_bias_correction_kl=True)
     rollout, inputs = sampled(peer, normal(1))
-    for update in ours(tmp_path, rollout, "gspo", beta=0.1, kl_loss="k3_ratio", epochs=2):
+    for update in ours(tmp_path, rollout, "gspo", beta=0.1, kl_estimator="k3_ratio", epochs=2):
         assert error(update.grads, theirs(peer, update.weights, inputs)[1]) > 0.01

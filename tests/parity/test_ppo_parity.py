@@ -1,8 +1,8 @@
-"""ppo.py against TRL's PPOTrainer (trl.experimental.ppo), whose algorithm stands in its
-train(): that runs whole here, its variables are read when it differentiates its loss, and ours
-makes the same updates of the same rollout at the same weights.
+"""ppo.py against TRL's PPOTrainer (trl.experimental.ppo), whose whole algorithm is in its train().
+It runs here as it is, and its variables are read when it differentiates its loss. Ours makes the
+same updates on the same rollout with the same weights.
 
-They differ by design in two things, each with its test: what whitening divides by, and the
+They differ by design in two things, each of which has a test: what whitening divides by, and the
 state after the end.
 """
 import sys
@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
 import torch
-from peer import (LENGTH, THEIRS, Dataset, Rollout, Update, agree, error, in_float64, policy,
-                  prompts, reference, run_on, same, tokenizer, undivided)
+from parity.peer import (LENGTH, THEIRS, UNDIVIDED, Dataset, Rollout, Update, agree, error,
+                         in_float64, policy, prompts, reference, run_on, same, tokenizer)
 from transformers import AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -20,18 +20,18 @@ import common
 import ppo
 
 B, UPDATES = 8, 3
-CRITIC = "tiny/biased_reward_model"  # to start from
+CRITIC = "tiny/biased_reward_model"  # initial critic
 READ = ["queries", "responses", "sequence_lengths", "scores", "logprobs", "ref_logprobs",
         "values", "rewards", "advantages", "returns", "padding_mask", "pg_loss", "vf_loss",
         "pg_clipfrac_stats", "vf_clipfrac_stats"]
 
 
 def train(tmp_path, **args):
-    """TRL's run on one rollout: what it knew at each update, and the updates of its policy and
+    """TRL's run on one rollout: its variables at each update, and the updates of its policy and
     of its value model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "load_model", in_float64(ppo.load_model))
-        critic = ppo.load_critic(CRITIC, "cpu")
+        critic = ppo.load_critic(ppo.Args(critic=CRITIC), None, tokenizer(), "cpu")
     scorer = AutoModelForSequenceClassification.from_pretrained(
         "tiny/reward_model", dtype=torch.float64)
     words = tokenizer()
@@ -69,15 +69,16 @@ def prompt_ids() -> list[list[int]]:
 
 
 def ours(tmp_path, seen, policies, critics, **args):
-    """Our updates of the policy and of the critic on TRL's rollout, at TRL's weights: they
-    take the place of what our optimisers make of them."""
+    """Our updates of the policy and of the critic on TRL's rollout, with TRL's weights: our
+    optimizers are made to set them."""
     known, pad_id = seen[0], tokenizer().pad_token_id
     rows = {tuple(i for i in ids if i != pad_id): (response[:last + 1], reward)
             for ids, response, last, reward in zip(*(known[k].tolist() for k in (
                 "queries", "responses", "sequence_lengths", "scores")))}
-    asked = prompt_ids()  # which TRL has shuffled
+    asked = prompt_ids()  # TRL has shuffled them
     rollout = Rollout(asked, *([[rows[tuple(ids)][i]] for ids in asked] for i in (0, 1)))
-    after = iter([u.weights for pair in zip(policies[1:], critics[1:]) for u in pair])
+    # the critic is updated first, then the policy
+    after = iter([u.weights for pair in zip(critics[1:], policies[1:]) for u in pair])
 
     def step(optimizer, closure=None):
         with torch.no_grad():
@@ -85,25 +86,25 @@ def ours(tmp_path, seen, policies, critics, **args):
                 p.copy_(weight)
 
     updates = run_on(ppo, tmp_path, rollout,
-                     patches=[(torch.optim.AdamW, "step", step), undivided(ppo)],
+                     patches=[(torch.optim.AdamW, "step", step), UNDIVIDED],
                      **(dict(critic=CRITIC, epochs=UPDATES, minibatches=1, beta=0.1,
-                             temperature=0.8, lam=0.95) | args))
-    # the critic's loss is differentiated first, then the policy's, and then both are clipped
-    mine, critic = updates[::2], updates[1::2]
+                             temperature=0.8, gae_lambda=0.95) | args))
+    # both losses are differentiated, the critic's first, before the gradients of either are clipped
+    critic, mine = updates[::2], updates[1::2]
     for a, b in zip(mine, critic, strict=True):
-        b.losses, a.losses = a.losses[:1], a.losses[1:]
+        b.losses, a.losses = b.losses[:1], b.losses[1:]
     return mine, critic
 
 
 def bessel(known) -> float:
-    """By how much TRL's whitened advantages are smaller: it divides the variance's sum by
-    n - 1, we by n, as Ziegler et al.'s own code does (tf.nn.moments)."""
+    """The ratio of TRL's whitened advantages to ours: for the variance it divides by n - 1, we by
+    n, as Ziegler et al.'s own code does (tf.nn.moments)."""
     n = (~known["padding_mask"]).sum().item()
     return ((n - 1) / n) ** 0.5
 
 
 def test_loss_and_gradients(tmp_path):
-    # without a stop token no completion ends before LENGTH, and no state comes after an end
+    # without a stop token no completion ends before LENGTH, so there is no state after an end
     seen, policies, critics = train(tmp_path, stop_token=None)
     assert not (seen[0]["responses"] == 0).any() and not seen[0]["padding_mask"].any()
     mine, critic = ours(tmp_path, seen, policies, critics)
@@ -111,7 +112,7 @@ def test_loss_and_gradients(tmp_path):
         agree("ppo.py policy, times sqrt((n - 1) / n)", a, his.losses[0], his.grads,
               factor=bessel(known))
         agree("ppo.py critic", b, hers.losses[0], hers.grads)
-    for clipped in ("pg_clipfrac_stats", "vf_clipfrac_stats"):  # of the last update but one
+    for clipped in ("pg_clipfrac_stats", "vf_clipfrac_stats"):  # of the last but one update
         assert 0 < seen[-1][clipped].flatten()[-2] < 1, clipped
 
 
@@ -129,17 +130,17 @@ def test_advantages(tmp_path):
 
 
 def test_differs_the_state_after_the_end(tmp_path):
-    # GAE (Schulman et al. 2015, eq. 16) has no value after the last action: the advantage of
-    # the end of sequence is its reward, score included, less V. TRL gives the score one place
-    # later, in a state after the end whose value its critic learns too. At lam = 1 that
-    # cancels, and the policy's gradients agree.
+    # GAE (Schulman et al. 2015, eq. 16) has no value after the last action: the advantage of the
+    # end of sequence is its reward, which includes the score, minus V. TRL puts the score one
+    # place later, in a state after the end whose value its critic learns as well. With lambda = 1
+    # that cancels, and the policy's gradients agree.
     seen, policies, critics = train(tmp_path, stop_token="eos", lam=1.0)
-    mine, critic = ours(tmp_path, seen, policies, critics, lam=1.0)
+    mine, critic = ours(tmp_path, seen, policies, critics, gae_lambda=1.0)
     for known, a, his in zip(seen, mine, policies, strict=True):
         agree("ppo.py policy, ended, lam 1", a, his.losses[0], his.grads, factor=bessel(known))
-    assert error(critic[0].grads, critics[0].grads) > 0.01  # its mean has one state more
+    assert error(critic[0].grads, critics[0].grads) > 0.01  # one more state
 
-    # Below, the token that ends a completion gets lam of the score and 1 - lam of that value.
+    # With lambda < 1 the end of sequence gets lambda of the score and 1 - lambda of that value.
     known = train(tmp_path, stop_token="eos", lam=0.95)[0][0]
     mask, last = (~known["padding_mask"]).long(), known["sequence_lengths"]
     ended = last + 1 < LENGTH
@@ -152,5 +153,5 @@ def test_differs_the_state_after_the_end(tmp_path):
     rows, last = ended.nonzero()[:, 0], last[ended]
     leak = (1 - 0.95) * (known["scores"][rows] - known["values"][rows, last + 1])
     assert leak.abs().max() > 1e-2
-    same("ppo.py advantage of the end, less the leak", advantages[rows, last] - leak,
+    same("ppo.py advantage of the end, minus the leak", advantages[rows, last] - leak,
          his[rows, last])

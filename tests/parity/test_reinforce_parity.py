@@ -1,22 +1,21 @@
-"""reinforce.py against TRL's RLOOTrainer: the gradients of three updates of one rollout, the
-first at ratio 1, the others off it and stopped on both sides.
+"""reinforce.py against TRL's RLOOTrainer: the gradients of three updates on one rollout, the first
+at ratio 1, the others with other ratios, clipped on both sides.
 
-TRL's loss is PPO's clipped objective with one ratio a completion; its advantage is the reward
-less beta times the KL, less the mean of the group's others. Ours has that gradient, ratio * A
-* grad log pi and 0 where the clip has none, by another loss, log pi weighted by constants: so
-the losses are not compared.
+TRL's loss is PPO's clipped objective with one ratio per completion. Its advantage is the reward
+minus beta times the KL, minus the mean of the group's others. Ours has the same gradient (ratio *
+A * grad log pi, and 0 where the clip has none) but another loss, log pi weighted by constants, so
+losses are not compared.
 """
 import pytest
 
 pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
-import torch
-from peer import (GROUP, PROMPTS, agree, error, normal, run_on, same, sampled, theirs,
-                  trainer_of)
+from parity.peer import (GROUP, IN_ORDER, PROMPTS, agree, error, normal, run_on, same, sampled,
+                         theirs, trainer_of)
 
 import reinforce
 
 B = PROMPTS * GROUP
-# a group, a flat one, one with a completion left out, and a completion that is left alone
+# an ordinary group, one of equal rewards, one with None, one with None for all but one
 REWARDS = [[0.3, -1.2, 2.0, 0.7], [0.5] * 4, [1.0, None, 3.0, -2.0], [None, 4.0, None, None]]
 
 
@@ -48,14 +47,15 @@ def test_micro_batches(tmp_path):
     peer = trainer(tmp_path)
     rollout, inputs = sampled(peer, normal(2))
     parts = [{k: v[i:i + 4] for k, v in inputs.items()} for i in range(0, B, 4)]
-    for update in ours(tmp_path, rollout, micro_batch_size=6, epochs=2):
-        # TRL leaves the division by the number of parts to the Trainer that it is built on
+    for update in ours(tmp_path, rollout, micro_batch_tokens=60, epochs=2):
+        assert len(update.losses) > 4
+        # in TRL, transformers' Trainer divides by the number of micro-batches
         agree("reinforce.py loo, micro-batches", update, None,
               theirs(peer, update.weights, *parts)[1], factor=len(parts))
 
 
 def test_advantages(tmp_path):
-    # with the KL in the reward
+    # which include the KL
     advantages, token_advantages = [], reinforce.token_advantages
     rollout, inputs = sampled(trainer(tmp_path), REWARDS)
 
@@ -63,14 +63,13 @@ def test_advantages(tmp_path):
         advantages.append(token_advantages(*args))
         return advantages[-1]
 
-    ours(tmp_path, rollout, epochs=1, patches=[
-        (reinforce, "token_advantages", recorded),
-        (torch, "randperm", lambda n, **where: torch.arange(n, **where))])  # prompts in order
+    ours(tmp_path, rollout, epochs=1,
+         patches=[(reinforce, "token_advantages", recorded), IN_ORDER])
     same("reinforce.py advantages", advantages[0][:, 0], inputs["advantages"])
 
 
-def test_differs_a_completion_without_a_reward_is_no_part_of_the_mean_here(tmp_path):
-    # both give it no gradient; TRL still divides by all completions
+def test_differs_completions_without_a_reward_are_not_in_our_mean(tmp_path):
+    # neither learns from them, but TRL still divides by all completions
     peer = trainer(tmp_path)
     rollout, inputs = sampled(peer, REWARDS)
     scored = sum(r is not None for group in REWARDS for r in group)
@@ -79,10 +78,10 @@ def test_differs_a_completion_without_a_reward_is_no_part_of_the_mean_here(tmp_p
               theirs(peer, update.weights, inputs)[1], factor=scored / B)
 
 
-def test_differs_normalised_over_tokens_here(tmp_path):
-    # REINFORCE++ (Hu 2025, arXiv:2501.03262) normalises its token advantages over the batch;
-    # TRL's normalize_advantages is over completions, whatever their lengths
+def test_differs_we_normalize_advantages_over_tokens(tmp_path):
+    # as REINFORCE++ does (Hu 2025, arXiv:2501.03262). TRL's normalize_advantages is over
+    # completions, whatever their lengths.
     peer = trainer(tmp_path, normalize_advantages=True)
     rollout, inputs = sampled(peer, normal(1))
-    update = ours(tmp_path, rollout, normalise=True, epochs=1)[0]
+    update = ours(tmp_path, rollout, whiten=True, epochs=1)[0]
     assert error(update.grads, theirs(peer, update.weights, inputs)[1]) > 0.01

@@ -1,12 +1,12 @@
-"""reward_model.py against TRL's RewardTrainer: the loss and gradients of three updates, from
-the text of the pairs on. Its label smoothing has no like there."""
+"""reward_model.py against TRL's RewardTrainer: the loss and gradients of three updates, starting
+from the text of the pairs. TRL has no label smoothing to compare with."""
 import json
 
 import pytest
 
 pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
 import torch
-from peer import THEIRS, Dataset, agree, run, theirs, tokenizer, write
+from parity.peer import THEIRS, Dataset, agree, run, theirs, tokenizer, write
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 

@@ -1,0 +1,193 @@
+"""grpo.py on an enumerable world: its expected gradient, and where training converges.
+
+`python -m pytest -n 0 -s tests/exact/test_grpo.py` prints how far each variant converges from
+pi_ref * exp(r / beta) / Z, in total variation.
+"""
+import pytest
+import torch
+
+from grpo import group_advantages, kl_loss, policy_loss, token_weights
+from helpers.exact import (BETA, CLIP, World, angle, distance, exact_gradient, flat_groups,
+                           some_policy)
+
+
+# --- the gradient
+
+def expected_gradient(world, table, scale: str, loss_type: str):
+    """Of the loss with the KL in the reward, at ratio 1, over all groups of 2 completions."""
+    table = table.clone().requires_grad_()
+    logprobs, mask = world.logprobs(table), flat_groups(world.mask)
+    p = logprobs.detach().sum(1).exp()
+    advantages = group_advantages(flat_groups(world.rewards_less_kl(logprobs)), 2, scale)
+    new, old = flat_groups(logprobs), flat_groups(logprobs.detach())
+    loss, _, _ = policy_loss(new, old, advantages, mask, loss_type, *CLIP)
+    weights = token_weights(mask, loss_type, mask.shape[1]) * len(mask) / 2  # a group is a batch
+    loss = (loss * weights).view(len(p) ** 2, -1).sum(1)
+    return torch.autograd.grad(((p[:, None] * p).flatten() * loss).sum(), table)[0]
+
+
+def error_and_angle(world, scale: str, loss_type: str):
+    """Distance of the expected gradient from minus the exact one, relative and in degrees. The
+    exact one is times (G - 1) / G, since a completion is in its group's mean, and divided by T,
+    as dr_grpo's loss is."""
+    table = some_policy(world)
+    expected = expected_gradient(world, table, scale, loss_type)
+    exact = -exact_gradient(world, table) / 2 / world.mask.shape[1]
+    return ((expected - exact).norm() / exact.norm()).item(), angle(expected, exact)
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_without_the_papers_choices_the_gradient_is_exact(end):
+    # --kl-in-reward --scale-rewards none --loss-type dr_grpo, with one length and with several
+    world = World(3, end)
+    p = world.probs(some_policy(world))
+    assert p.sum().item() == pytest.approx(1)  # every completion, once
+    assert set(world.mask.sum(1).tolist()) == ({1, 2, 3} if end else {3})
+    error, _ = error_and_angle(world, "none", "dr_grpo")
+    assert error < 1e-10, error
+
+
+def test_the_standard_deviation_turns_the_gradient():
+    # groups whose rewards differ by little count for as much as those that differ by a lot
+    _, degrees = error_and_angle(World(3), "group", "dr_grpo")
+    print(f"\ndegrees off the gradient, divided by the group's std: {degrees:.1f}")
+    assert 5 < degrees < 10
+
+
+def test_a_mean_over_each_completions_tokens_turns_the_gradient():
+    # 1 / length: a token of a short completion counts for more than one of a long completion
+    _, degrees = error_and_angle(World(3, end=True), "none", "grpo")
+    print(f"\ndegrees off the gradient, 1 / length: {degrees:.1f}")
+    assert 1.5 < degrees < 5
+    error, _ = error_and_angle(World(3), "none", "grpo")  # with one length it is dr_grpo
+    assert error < 1e-10, error
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3_ratio", "k3"])
+def test_which_kl_the_loss_descends(estimator):
+    # with one token: KL(policy || reference), and for the paper's k3, KL(reference || policy)
+    world = World(1)
+    table = some_policy(world).requires_grad_()
+    p, ref = world.probs(table), world.probs(world.ref)
+    kl = (ref * (ref / p).log()).sum() if estimator == "k3" else (p * (p / ref).log()).sum()
+    logprobs = world.logprobs(table)
+    estimate = kl_loss(logprobs, logprobs.detach(), world.ref_logprobs, estimator).sum(1)
+    expected, exact = (torch.autograd.grad(x, table, retain_graph=True)[0]
+                       for x in ((p.detach() * estimate).sum(), kl))
+    torch.testing.assert_close(expected, exact, rtol=1e-10, atol=1e-12)
+
+
+# --- where training converges
+
+def advantages_in_large_groups(rewards, p, scale: str):
+    """The limit of large groups: the mean and the std are those of the policy."""
+    advantages = rewards - (p * rewards).sum()
+    if scale == "group":
+        advantages = advantages / ((p * advantages.square()).sum().sqrt() + 1e-4)
+    return advantages
+
+
+def advantages_in_groups_of_2(rewards, p, scale: str):
+    """The mean of each completion's advantage over the other completion of its group."""
+    advantages = group_advantages(flat_groups(rewards), 2, scale)
+    return advantages.view(len(p), len(p), 2)[:, :, 0] @ p
+
+
+def train(world, kl_in: str, estimator: str, scale: str, advantages, loss_type: str = "dr_grpo"):
+    """The policy, (Y,), after training from the reference with exact expected updates."""
+    table = world.ref.clone().requires_grad_()
+    optimizer = torch.optim.Adam([table], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    weights = token_weights(world.mask, loss_type, 1) * len(world.mask)  # dr_grpo: 1 per token
+    for _ in range(1500):
+        logprobs = world.logprobs(table)
+        p = logprobs.detach().sum(1).exp()
+        rewards = world.rewards if kl_in == "loss" else world.rewards_less_kl(logprobs)
+        A = advantages(rewards, p, scale)
+        loss, _, _ = policy_loss(logprobs, logprobs.detach(), A, world.mask, loss_type, *CLIP)
+        if kl_in == "loss":
+            kl = kl_loss(logprobs, logprobs.detach(), world.ref_logprobs, estimator)
+            loss = loss + BETA * kl
+        optimizer.zero_grad()
+        (p[:, None] * loss * weights).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    return world.probs(table.detach())
+
+
+GROUPS_OF_2, LARGE = advantages_in_groups_of_2, advantages_in_large_groups
+VARIANTS = {  # KL in, estimator, scale, groups; bounds of the distance with 3 steps, with 1 step
+    "KL in reward": ("reward", "", "none", GROUPS_OF_2, (0, 0.02), (0, 0.02)),
+    "KL in reward, divided": ("reward", "", "group", GROUPS_OF_2, (0, 0.02), (0, 0.02)),
+    "k2 in loss": ("loss", "k2", "none", LARGE, (0.15, 0.22), (0, 0.02)),
+    "k3_ratio in loss": ("loss", "k3_ratio", "none", LARGE, (0.15, 0.22), (0, 0.02)),
+    "k3 in loss": ("loss", "k3", "none", LARGE, (0.17, 0.23), (0.03, 0.06)),
+    "the paper: k3, divided": ("loss", "k3", "group", LARGE, (0.16, 0.23), (0.15, 0.23)),
+    "k2 in loss, divided": ("loss", "k2", "group", LARGE, (0.6, 1), (0.25, 0.36)),
+    "k2 in loss, groups of 2": ("loss", "k2", "none", GROUPS_OF_2, (0.28, 0.36), (0.14, 0.22)),
+}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """{name: policies with 3 steps and 1 step}, {name: their distances from the optimum}"""
+    worlds = World(3), World(1)
+    policies = {name: [train(w, *v[:4]) for w in worlds] for name, v in VARIANTS.items()}
+    distances = {name: [distance(p, w.optimum()) for p, w in zip(both, worlds)]
+                 for name, both in policies.items()}
+    print(f"\n{'distance from the optimum':27}3 steps  1 step")
+    for name, (three, one) in distances.items():
+        print(f"{name:27}{three:7.3f} {one:7.3f}")
+    return policies, distances
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_where_it_converges(trained, name):
+    for d, (low, high) in zip(trained[1][name], VARIANTS[name][4:]):
+        assert low <= d <= high, d
+
+
+def test_the_order(trained):
+    # A token's KL in the loss accounts for that token alone, not for what it leads to (k2 and
+    # k3_ratio have the same gradient). k3 is the reversed KL besides: all that remains with 1 step.
+    three, one = ({name: d[i] for name, d in trained[1].items()} for i in (0, 1))
+    assert three["k2 in loss"] == pytest.approx(three["k3_ratio in loss"], abs=1e-6)
+    assert three["KL in reward"] < three["k2 in loss"] < three["k3 in loss"]
+    assert one["k2 in loss"] < one["k3 in loss"] < one["the paper: k3, divided"]
+
+
+def test_divided_with_the_kl_in_the_loss_the_policy_collapses(trained):
+    # As the policy concentrates, the std shrinks, so A / std outgrows the KL. With k2 nothing
+    # stops that: the policy ends at one completion, with 3 steps not even the best one. Which one,
+    # and so the distance, depends on the path.
+    three, one = trained[0]["k2 in loss, divided"]
+    assert three.max() > 0.999 and three.argmax() != World(3).rewards.argmax()
+    assert one.max() > 0.999 and one.argmax() == World(1).rewards.argmax()
+
+
+def test_with_the_kl_in_the_reward_no_division_moves_the_optimum():
+    # At the optimum r - beta * log(pi / pi_ref) is the same for all completions, so all advantages
+    # are 0, whatever they are divided by, and 1 / length changes nothing either. (This is true of
+    # a policy that can reach the optimum: weights shared among prompts may trade them otherwise.)
+    world = World(3, end=True)
+    rewards = world.rewards - BETA * (world.optimum().log() - world.ref_logprobs.sum(1))
+    assert group_advantages(flat_groups(rewards), 2, "group").abs().max() < 1e-9
+    p = train(world, "reward", "", "group", GROUPS_OF_2, "grpo")
+    assert distance(p, world.optimum()) < 0.02
+
+
+def test_small_groups_and_a_kl_in_the_loss_raise_beta(trained):
+    # A completion is in its own group's mean, so its advantage is (G - 1) / G of that in large
+    # groups, and the KL is not scaled: groups of 2 converge where twice the beta would.
+    p = trained[0]["k2 in loss, groups of 2"][1]
+    assert distance(p, World(1).optimum(2 * BETA)) < 0.002
+
+
+def test_large_groups_are_the_limit_of_group_advantages():
+    torch.manual_seed(0)
+    counts = torch.randint(1, 400, (64,))
+    rewards, G = World(3).rewards, int(counts.sum())
+    for scale in ("none", "group"):
+        A = group_advantages(rewards.repeat_interleave(counts), G, scale)
+        expected = advantages_in_large_groups(rewards, counts / G, scale)
+        torch.testing.assert_close(A, expected.repeat_interleave(counts), rtol=1e-3, atol=1e-6)

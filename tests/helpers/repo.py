@@ -1,0 +1,50 @@
+"""What the tests of the repository's other files share: the source of the scripts, and tools that end in one line."""
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from common import UserError
+
+ON_POLICY = ["grpo.py", "ppo.py", "reinforce.py"]
+SCRIPTS = [*ON_POLICY, "dpo.py", "reward_model.py"]
+MODULES = ["common.py", "runtime.py", "evaluation.py"]
+MARK = re.compile(r"^\s*# (?:--- (.+)|(\d\. .+))$")
+
+
+def sections(source: str) -> dict[str, list[str]]:
+    """The lines of a script by section. `# --- name` and `# 1. name` begin one."""
+    name, found = "(head)", {"(head)": []}
+    for line in source.splitlines():
+        if mark := MARK.match(line):
+            name = mark.group(1) or mark.group(2)
+            assert name not in found, f"two sections {name!r}"
+            found[name] = []
+        found[name].append(line)
+    return found
+
+
+def read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8")
+
+
+def imported(source: str) -> dict[str, list[str]]:
+    """The names that a file imports from each module, wherever the import is."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            found.setdefault(node.module, []).extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                found.setdefault(alias.name, []).append(alias.name)
+    return found
+
+
+def user_error(function, *arguments, **flags) -> str:
+    """The line that a user sees of a mistake."""
+    with pytest.raises(UserError) as error:
+        function(*arguments, **flags)
+    line = str(error.value)
+    assert line and "\n" not in line
+    return line

@@ -1,0 +1,109 @@
+"""How the three on-policy scripts sample: their `generate` and `sample` are the same to the letter (tests/repo holds
+them to that), so some of this is tested in one of them."""
+import pytest
+import torch
+
+import common
+import grpo
+import ppo
+import reinforce
+from helpers.unit import EOS, gpt2, llama, make_run, qwen2
+
+SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return common.load_causal_lm("tiny/policy", "cpu").eval()
+
+
+def encoded(tokenizer, *prompts):
+    return common.encode(tokenizer, [common.render(tokenizer, prompt) for prompt in prompts])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_generate_stops_at_each_end_and_samples_what_the_forward_pass_says(script, policy, tokenizer):
+    """Rows of a group differ, the mask ends with the first end of sequence, and the frequency of each first token is
+    its probability in a plain forward pass of the prompt (no other token's, no shared draw)."""
+    group = 3000 if script == "grpo" else 300
+    prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
+    end = tokenizer.eos_token_id
+    ids, mask = SCRIPTS[script].generate(policy, *common.pad(prompts, "left", pad_id=tokenizer.pad_token_id), group, 20,
+                                         1.3, torch.tensor([end]), torch.Generator().manual_seed(0))
+    assert ids.shape == mask.shape == (2 * group, 20)
+    for row, row_mask in zip(ids, mask):
+        n = int(row_mask.sum())
+        assert row_mask[:n].all() and not (row[:n - 1] == end).any()
+        assert n == 20 or row[n - 1] == end
+    if script != "grpo":
+        return
+    assert len(set(map(tuple, ids.tolist()))) > 1000
+    for i, prompt in enumerate(prompts):
+        probs = (policy(torch.tensor([prompt])).logits[0, -1] / 1.3).softmax(-1)
+        first = ids[i * group:(i + 1) * group, 0].bincount(minlength=len(probs)) / group
+        assert (first - probs).abs().sum() / 2 < 0.08
+    # the second token too: rows keep their cache when others finish
+    likely = ids[:group, 0].mode().values
+    after = ids[:group][(ids[:group, 0] == likely) & (mask[:group, 1] == 1), 1]
+    probs = (policy(torch.tensor([prompts[0] + [likely.item()]])).logits[0, -1] / 1.3).softmax(-1)
+    assert (after.bincount(minlength=len(probs)) / len(after) - probs).abs().sum() / 2 < 0.08
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, qwen2])
+def test_each_decoding_step_agrees_with_the_forward_pass(make, monkeypatch):
+    """The probabilities of every step, through the shared and shrinking cache, at the sampling temperature; a
+    finished row is no longer computed, and a second end-of-sequence token ends one as well."""
+    model = make().eval()
+    steps, multinomial = [], torch.multinomial
+
+    def spy(probs, n, generator):
+        steps.append((probs, multinomial(probs, n, generator=generator)))
+        return steps[-1][1]
+    monkeypatch.setattr(torch, "multinomial", spy)
+    prompt_ids, prompt_mask = common.pad([[5, 6, 7], [9], [10, 11, 12, 13, 14]], "left")
+    eos_ids = torch.tensor([EOS, 7, 8, 9])
+    ids, mask = grpo.generate(model, prompt_ids, prompt_mask, 4, 16, 0.7, eos_ids, torch.Generator().manual_seed(1))
+    repeated = prompt_ids.repeat_interleave(4, 0), prompt_mask.repeat_interleave(4, 0)
+    logprobs, _ = common.completion_logprobs(model, *repeated, ids, mask, 0.7)
+    for t, (probs, token) in enumerate(steps):
+        rows = mask[:, t] == 1
+        assert len(probs) == rows.sum() and torch.equal(token[:, 0], ids[rows, t])
+        torch.testing.assert_close(probs.gather(1, token).log()[:, 0], logprobs[rows, t].detach(), atol=1e-4, rtol=0)
+    assert len(steps[-1][0]) < 12 and torch.isin(ids[mask == 1], torch.tensor([7, 8, 9])).any()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_generator_it_takes_the_likeliest_token(script, policy, tokenizer):
+    """Each token is the argmax of a plain forward pass."""
+    prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
+    ids, mask = SCRIPTS[script].generate(policy, *common.pad(prompts, "left"), 1, 8, 0.7,
+                                         torch.tensor([tokenizer.eos_token_id]))
+    for prompt, row, row_mask in zip(prompts, ids.tolist(), mask.tolist()):
+        for t in range(sum(row_mask)):
+            assert policy(torch.tensor([prompt + row[:t]])).logits[0, -1].argmax() == row[t]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_sample_is_a_rollout_of_groups(script, policy, tokenizer):
+    """group_size completions per row in the order of the rows, in batches that fit --generate-batch-size, with columns
+    for the longest one only; the model is put in eval mode."""
+    module = SCRIPTS[script]
+    rows = [{"prompt_ids": ids} for ids in encoded(tokenizer, "a ?", "what is the capital of france ?", "is it ?")]
+    sizes, generate = [], module.generate
+
+    def spy(model, prompt_ids, *rest):
+        sizes.append(len(prompt_ids))
+        return generate(model, prompt_ids, *rest)
+    for batch_size, expected in ((8, [2, 1]), (3, [1, 1, 1]), (512, [3])):
+        run = make_run(module.Args(device="cpu", generate_batch_size=batch_size, max_new_tokens=12))
+        sizes.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "generate", spy)
+            rollout = module.sample(policy.train(), rows, 4, run, tokenizer, run.generator(1))
+        assert sizes == expected and not policy.training
+        assert len(rollout.texts) == 12 and rollout.mask.shape[1] == rollout.mask.sum(1).max() <= 12
+        for i, (ids, mask) in enumerate(zip(rollout.prompt_ids, rollout.prompt_mask)):
+            assert ids[mask == 1].tolist() == rows[i // 4]["prompt_ids"]
+        last = rollout.completion_ids.gather(1, rollout.mask.sum(1, keepdim=True) - 1)[:, 0]
+        assert torch.equal(rollout.truncated, last != tokenizer.eos_token_id)
+        assert "<|end|>" not in "".join(rollout.texts)

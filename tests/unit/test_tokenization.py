@@ -1,0 +1,144 @@
+"""common.py: conversations as text and as tokens, padding, and rollouts."""
+import copy
+
+import pytest
+import torch
+from tokenizers import processors
+
+import common
+from helpers.unit import EOS, llama, refuses, word_tokenizer
+
+USER = [{"role": "user", "content": "is it so ?"}]
+TURNS = [{"role": "system", "content": "be short"}, *USER,
+         {"role": "assistant", "content": "no"}, {"role": "user", "content": "sure ?"}]
+
+
+@pytest.fixture
+def plain(tokenizer):
+    """The same words, no chat template."""
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt, text", [
+    ("is it ?", "<|user|>is it ?<|end|>"),
+    (USER, "<|user|>is it so ?<|end|>"),
+    (TURNS, "<|system|>be short<|end|><|user|>is it so ?<|end|><|assistant|>no<|end|><|user|>sure ?<|end|>"),
+    ("\n\nHuman: a b\n\nAssistant: c\n\nHuman: d\n\ne\n\nAssistant:",
+     "<|user|>a b<|end|><|assistant|>c<|end|><|user|>d\n\ne<|end|>"),
+    ("\n\nHuman: a b", "<|user|>a b<|end|>"),
+    ("Human: a b", "<|user|>Human: a b<|end|>"),
+])
+def test_render_with_a_template(tokenizer, prompt, text):
+    """A string is the user's turn and a transcript is parsed; then the assistant's turn begins, or is there."""
+    assert common.render(tokenizer, prompt) == text + "<|assistant|>"
+    for completion in ("yes it is", " yes it is\n"):  # transcripts leave a space at the beginning
+        assert common.render(tokenizer, prompt, completion) == text + "<|assistant|>yes it is<|end|>"
+
+
+def test_render_changes_no_argument(tokenizer):
+    prompt = copy.deepcopy(TURNS)
+    common.render(tokenizer, prompt, "yes")
+    assert prompt == TURNS
+
+
+def test_render_without_a_template(plain):
+    """Strings are concatenated as they are, transcripts too; the end-of-sequence token is there once."""
+    for prompt in ("  the sky is", "\n\nHuman: a\n\nAssistant:"):
+        assert common.render(plain, prompt) == prompt
+        assert common.render(plain, prompt, " blue ") == prompt + " blue <|end|>"
+        assert common.render(plain, prompt, " blue<|end|>") == prompt + " blue<|end|>"
+        ids, = common.encode(plain, [common.render(plain, prompt, " blue")])
+        assert ids.count(plain.eos_token_id) == 1 and ids[-1] == plain.eos_token_id
+    refuses(lambda: common.render(plain, USER), "tiny/policy", "chat template")
+    refuses(lambda: common.render(plain, USER, "yes"), "tiny/policy", "chat template")
+    plain.eos_token = None
+    assert common.render(plain, "a", " b") == "a b"
+
+
+def test_a_template_that_refuses_a_prompt(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
+    refuses(lambda: common.render(tokenizer, TURNS), "chat template refuses", "roles must")
+
+
+def test_special_tokens_are_written_once():
+    """By the chat template, or else by the tokenizer: no text begins twice."""
+    tokenizer = word_tokenizer(["<unk>", "<s>", "</s>", "a", "b"], bos_token="<s>")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)])
+    assert common.encode(tokenizer, ["a b", "b"]) == [[1, 3, 4], [1, 4]]
+    tokenizer.chat_template = "{{ bos_token }} {{ messages[0].content }}"
+    assert common.encode(tokenizer, [common.render(tokenizer, "a b")]) == [[1, 3, 4]]
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_the_end_of_sequence(tmp_path):
+    word_tokenizer(["<unk>", "</s>", "a"], eos_token="</s>").save_pretrained(tmp_path / "a")
+    (tmp_path / "a/config.json").write_text('{"model_type": "llama"}')
+    assert common.load_tokenizer(str(tmp_path / "a")).pad_token == "</s>"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/config.json").write_text('{"model_type": "llama"}')
+    refuses(lambda: common.load_tokenizer(str(tmp_path / "b")), tmp_path / "b", "no tokenizer")
+
+
+@pytest.mark.parametrize("name", [
+    "runs/missing", "tiny/missing", "/missing/folder", "a/b/c", "", "common.py", "tests"])
+def test_missing_tokenizers(name):
+    refuses(lambda: common.load_tokenizer(name), name)
+
+
+def test_prompts_that_are_too_long(tokenizer, capsys):
+    """Above the limit they are skipped and counted; a prompt without room for a completion is an error."""
+    rows = [{"prompt": "what is it"}, {"prompt": " ".join(["what"] * 10)}, {"prompt": "is"}]
+    n = [3 + 3, 10 + 3, 1 + 3]  # <|user|> ... <|end|> <|assistant|>
+    kept = common.encode_prompts(tokenizer, rows, "rows", room=13)
+    assert [{"prompt": row["prompt"]} for row in kept] == rows and capsys.readouterr().out == ""
+    assert [len(row["prompt_ids"]) for row in kept] == n and "prompt_ids" not in rows[0]
+    kept = common.encode_prompts(tokenizer, rows, "rows", room=6, longest=6)
+    assert [row["prompt"] for row in kept] == ["what is it", "is"]
+    assert [len(row["prompt_ids"]) for row in kept] == [6, 4]
+    out = capsys.readouterr().out
+    assert "rows: skipped 1 of 3 rows" in out and out.count("\n") == 1
+    tokens = tokenizer.convert_ids_to_tokens(kept[0]["prompt_ids"])
+    assert tokens == ["<|user|>", "what", "is", "it", "<|end|>", "<|assistant|>"]
+    assert common.encode_prompts(tokenizer, [], "rows", room=13) == []
+    for room, longest, words in [
+            (12, 0, "rows: row 2: a prompt of 13 tokens"), (3, 5, "rows: row 3"),
+            (99, 3, "rows: no prompt has at most 3 tokens"), (-5, 0, "rows: row 1")]:
+        refuses(lambda: common.encode_prompts(tokenizer, rows, "rows", room, longest), words)
+
+
+@pytest.mark.parametrize("own, both, alone", [(None, [2], []), (7, [2, 7], [7]), ([9, 2, 7], [2, 7, 9], [2, 7, 9])])
+def test_eos_token_ids_are_the_models_and_the_tokenizers(own, both, alone):
+    tokenizer, model = word_tokenizer(["<unk>", "a", "</s>"], eos_token="</s>"), llama()
+    model.generation_config.eos_token_id = own
+    assert common.eos_token_ids(model, tokenizer).tolist() == both
+    tokenizer.eos_token = None
+    assert common.eos_token_ids(model, tokenizer).tolist() == alone
+
+
+def test_pad():
+    rows = [[1, 2, 3], [4], []]
+    ids, mask = common.pad(rows, "left", pad_id=9)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4], [9, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0]]
+    ids, mask = common.pad(rows, "right", pad_id=3)  # a pad token that a row contains
+    assert ids.tolist() == [[1, 2, 3], [4, 3, 3], [3, 3, 3]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert ids.dtype == mask.dtype == torch.int64
+
+
+def test_a_rollout_knows_lengths_texts_and_what_was_truncated():
+    """The end-of-sequence token is part of a completion, also where it is the pad token; a completion that ends
+    with another token was truncated, whatever stands in its padding."""
+    tokenizer = word_tokenizer(["<unk>", "</s>", "a", "b", "c"], eos_token="</s>", pad_token="</s>")
+    prompt_ids, prompt_mask = common.pad([[2, 3], [4], [2]], "left", pad_id=EOS)
+    completion_ids, mask = common.pad([[2, 3, EOS], [3, 3], [EOS]], "right", pad_id=EOS)
+    rollout = common.Rollout(prompt_ids, prompt_mask, completion_ids, mask, tokenizer, torch.tensor([EOS]))
+    assert rollout.lengths.tolist() == [5, 3, 2]
+    assert rollout.truncated.tolist() == [False, True, False]
+    assert rollout.texts == ["a b", "b b", ""]
+    rows = torch.tensor([2, 0])
+    for part, whole in zip(rollout.tokens(rows), (prompt_ids, prompt_mask, completion_ids, mask)):
+        assert torch.equal(part, whole[rows])
+    two = common.Rollout(prompt_ids, prompt_mask, completion_ids, mask, tokenizer, torch.tensor([EOS, 3]))
+    assert two.truncated.tolist() == [False, False, False]
