@@ -101,9 +101,10 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     rewards: (B,), group after group; nan marks a completion without a score, which gets 0.
     scale "none" is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
     """
-    def std(r):  # sample std over dim 1, ignoring nan
-        n = (~r.isnan()).sum(1, keepdim=True)
-        squares = (r - r.nanmean(1, keepdim=True)).square().nansum(1, keepdim=True)
+    def std(r, total=lambda x: x):  # sample std over dim 1, ignoring nan
+        n = total((~r.isnan()).sum(1, keepdim=True))
+        mean = total(r.nansum(1, keepdim=True)) / n.clamp(min=1)
+        squares = total((r - mean).square().nansum(1, keepdim=True))
         return (squares / (n - 1).clamp(min=1)).sqrt()
 
     # float64: rounding in the mean of equal rewards would be blown up by the division
@@ -112,7 +113,7 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     if scale == "group":
         advantages = advantages / (std(groups) + 1e-4)
     elif scale == "batch":
-        advantages = advantages / (std(groups.view(1, -1)) + 1e-4)
+        advantages = advantages / (std(groups.view(1, -1), all_sum) + 1e-4)
     return advantages.nan_to_num(0.0).view(-1).to(rewards.dtype)
 
 
@@ -313,12 +314,12 @@ def main(args: Args):
                 optimizer.zero_grad()
                 updates += 1
         tokens = args.epochs * all_sum(loss_mask.sum()).clamp(min=1)
-        metrics = {"loss": all_sum(loss_sum) / updates, "grad_norm": grad_norm / updates,
+        metrics = {"lr": lr, "loss": all_sum(loss_sum) / updates,
+                   "grad_norm": grad_norm / updates,
                    "clip_fraction_low": all_sum(clipped_low) / tokens,
                    "clip_fraction_high": all_sum(clipped_high) / tokens}
 
         # 6. log, evaluate, save
-        metrics["lr"] = lr
         run.log(step, rollout_metrics(rollout, scores, old_logprobs, entropy, ref_logprobs,
                                       args.group_size) | metrics)
         if run.due(args.eval_every, step):

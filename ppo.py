@@ -386,7 +386,8 @@ def main(args: Args):
                 optimizer.zero_grad()
                 updates += 1
         tokens = all_sum(loss_mask.sum()).clamp(min=1) * updates / args.minibatches
-        metrics = {"loss": all_sum(loss_sum) / updates, "grad_norm": grad_norm / updates,
+        metrics = {"lr": lr, "loss": all_sum(loss_sum) / updates,
+                   "grad_norm": grad_norm / updates,
                    "clip_fraction_low": all_sum(clipped_low) / tokens,
                    "clip_fraction_high": all_sum(clipped_high) / tokens,
                    "value_loss": all_sum(value_loss_sum) / updates,
@@ -396,7 +397,6 @@ def main(args: Args):
                    "approx_kl": approx_kl, "updates": updates, "beta": beta}
 
         # 6. log, evaluate, save
-        metrics["lr"] = lr
         run.log(step, rollout_metrics(rollout, scores, old_logprobs, entropy, ref_logprobs,
                                       args.group_size) | metrics)
         if run.due(args.eval_every, step):

@@ -305,14 +305,14 @@ def main(args: Args):
                 updates += 1
         tokens = args.epochs * all_sum(loss_mask.sum()).clamp(min=1)
         spread = (advantages - global_mean(advantages, loss_mask)).square()  # (B, T)
-        metrics = {"loss": all_sum(loss_sum) / updates, "grad_norm": grad_norm / updates,
+        metrics = {"lr": lr, "loss": all_sum(loss_sum) / updates,
+                   "grad_norm": grad_norm / updates,
                    "clip_fraction_low": all_sum(clipped_low) / tokens,
                    "clip_fraction_high": all_sum(clipped_high) / tokens,
                    "advantage_std": global_mean(spread, loss_mask).sqrt(),
                    "baseline": global_mean(baselines.nan_to_num(0.0), scored)}
 
         # 6. log, evaluate, save
-        metrics["lr"] = lr
         run.log(step, rollout_metrics(rollout, scores, old_logprobs, entropy, ref_logprobs,
                                       args.group_size) | metrics)
         if run.due(args.eval_every, step):

@@ -140,6 +140,8 @@ class OnPolicyArgs(SampleArgs):
             self.eval_data = self.eval_data or "tiny/heldout.jsonl"
             self.gold = self.gold or "tiny/world.py:gold_reward"
         super().__post_init__()
+        if self.minibatches > self.prompts_per_step * self.group_size:
+            raise UserError("--minibatches: more than there are completions in a step")
 
 
 def cli(main, Args, description: str):
@@ -228,15 +230,10 @@ def gather_objects(x: list) -> list:
     return [row for part in parts for row in part]
 
 
-@contextlib.contextmanager
 def reference_mode(model):
-    """The model as the reference: if it has a LoRA adapter, without it."""
-    adapted = getattr(model, "_hf_peft_config_loaded", False)
-    if adapted:
-        model.disable_adapters()
-    yield
-    if adapted:
-        model.enable_adapters()
+    """A context in which a model with a LoRA adapter is used without it, as the reference."""
+    adapter = getattr(model, "adapter", None)  # set by Run.trainable
+    return adapter[0].disable_adapter() if adapter else contextlib.nullcontext()
 
 
 class Bar(list):
@@ -267,7 +264,7 @@ class Run:
         # or else several threads, or a GPU, add up gradients in another order in each run
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-        warnings.filterwarnings("ignore", ".*deterministic")
+        warnings.filterwarnings("ignore", ".*(deterministic|gradient_checkpointing)")
 
     def _join(self):
         """Joins the processes that torchrun started: each on its GPU, or all on the CPU."""
@@ -306,15 +303,16 @@ class Run:
                 cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         if args.lora_rank:
             try:
-                from peft import LoraConfig
+                from peft import LoraConfig, get_peft_model
             except ImportError:
                 raise UserError("--lora-rank: pip install peft")
             if Path(model.name_or_path).is_dir():  # the adapter names its base model
                 model.name_or_path = str(Path(model.name_or_path).resolve())
             heads = [name for name in ("score", "classifier") if hasattr(model, name)]
-            freeze(model, self.bf16).add_adapter(LoraConfig(  # arXiv:2106.09685
-                r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
-                modules_to_save=heads or None))
+            config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,  # 2106.09685
+                                target_modules="all-linear", modules_to_save=heads or None)
+            # peft changes the model in place; in a tuple, its wrapper is not a submodule
+            model.adapter = (get_peft_model(freeze(model, self.bf16), config),)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return self.shard(model)
@@ -380,7 +378,7 @@ class Run:
         if dist.is_initialized():
             most = torch.tensor(len(groups), device=self.device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
-            while len(groups) < most:  # split the one with the most rows
+            while 0 < len(groups) < most:  # split the one with the most rows
                 i = max(range(len(groups)), key=lambda i: len(groups[i]))
                 halves = groups[i].tensor_split(2)
                 # a single row is repeated; only in evaluation, whose shares differ by one
@@ -606,12 +604,12 @@ class Run:
             with warnings.catch_warnings(action="ignore"):
                 dcp.save(self._tensors(), checkpoint_id=part / "resume",
                          no_dist=not dist.is_initialized())
-            model, weights = next(iter(self.trained.values()))[0], None
-            if dist.is_initialized():
-                weights = get_model_state_dict(model, options=StateDictOptions(
-                    full_state_dict=True, cpu_offload=True))
+            model, _, _ = next(iter(self.trained.values()))
+            to_save, = getattr(model, "adapter", [model])
+            weights = get_model_state_dict(to_save, options=StateDictOptions(
+                full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else None
             if self.rank == 0:
-                model.save_pretrained(part, state_dict=weights)
+                to_save.save_pretrained(part, state_dict=weights)
                 model.config.save_pretrained(part)  # an adapter comes without it
                 self.tokenizer.save_pretrained(part)
                 write_json(part / "resume/state.json", self.state | {"updates": updates})

@@ -1,12 +1,15 @@
 """What the tests of the repository's other files share: the source of the scripts, and tools that end in one line."""
 import ast
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from common import UserError
 
+ROOT = Path(__file__).parent.parent.parent
 ON_POLICY = ["grpo.py", "ppo.py", "reinforce.py"]
 SCRIPTS = [*ON_POLICY, "dpo.py", "reward_model.py"]
 MODULES = ["common.py", "runtime.py", "evaluation.py"]
@@ -39,6 +42,16 @@ def imported(source: str) -> dict[str, list[str]]:
             for alias in node.names:
                 found.setdefault(alias.name, []).append(alias.name)
     return found
+
+
+def load(path: str):
+    """The module of a file in tools/ or benchmarks/, where names occur twice."""
+    name = path.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def user_error(function, *arguments, **flags) -> str:

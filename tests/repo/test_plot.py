@@ -12,10 +12,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install mat
 from matplotlib import rc_context  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 
-sys.path.append("tools")
-import plot  # noqa: E402
+from helpers.repo import load, user_error  # noqa: E402
 
-from helpers.repo import user_error  # noqa: E402
+plot = load("tools/plot.py")
 
 
 def write_run(folder: Path, *rows: dict, end: str = "") -> str:

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from helpers.repo import read
+from helpers.repo import ROOT, read
 
-ROOT = Path(__file__).parent.parent.parent
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)")
 FENCE = re.compile(r"^\s*(```+|~~~+)(.*)$")

@@ -200,7 +200,8 @@ def test_metrics_of_held_out_pairs(tokenizer):
     for kind in kinds:
         here = torch.tensor([row["kind"] == kind for row in rows])
         assert found[f"accuracy_{kind}"] == pytest.approx(right[here].mean().item(), abs=1e-6)
-    lengths = [torch.tensor([len(row[k].split()) for row in rows]) for k in ("chosen", "rejected")]  # a word is a token
+    lengths = [torch.tensor([len(tokenizer(row[k].strip(), add_special_tokens=False).input_ids) for row in rows])
+               for k in ("chosen", "rejected")]
     assert found["accuracy_longer"] == pytest.approx(right[lengths[0] > lengths[1]].mean().item(), abs=1e-6)
     assert found["accuracy_shorter"] == pytest.approx(right[lengths[0] < lengths[1]].mean().item(), abs=1e-6)
     assert found["length_correlation"] == pytest.approx(np.corrcoef(scores, torch.cat(lengths))[0, 1], abs=1e-4)

@@ -22,29 +22,33 @@ def encoded(tokenizer, *prompts):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_generate_stops_at_each_end_and_samples_what_the_forward_pass_says(script, policy, tokenizer):
-    """Rows of a group differ, the mask ends with the first end of sequence, and the frequency of each first token is
-    its probability in a plain forward pass of the prompt (no other token's, no shared draw)."""
-    group = 3000 if script == "grpo" else 300
+def test_generate_stops_at_each_end(script, policy, tokenizer):
+    """Rows of a group differ, and the mask ends with the first end of sequence."""
     prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
     end = tokenizer.eos_token_id
-    ids, mask = SCRIPTS[script].generate(policy, *common.pad(prompts, "left", pad_id=tokenizer.pad_token_id), group, 20,
+    ids, mask = SCRIPTS[script].generate(policy, *common.pad(prompts, "left", pad_id=tokenizer.pad_token_id), 200, 20,
                                          1.3, torch.tensor([end]), torch.Generator().manual_seed(0))
-    assert ids.shape == mask.shape == (2 * group, 20)
+    assert ids.shape == mask.shape == (400, 20) and len(set(map(tuple, ids.tolist()))) > 300
     for row, row_mask in zip(ids, mask):
         n = int(row_mask.sum())
         assert row_mask[:n].all() and not (row[:n - 1] == end).any()
         assert n == 20 or row[n - 1] == end
-    if script != "grpo":
-        return
+
+
+def test_generate_samples_what_the_forward_pass_says(policy, tokenizer):
+    """The frequency of each first token is its probability in a plain forward pass of the prompt (no other token's, no
+    shared draw)."""
+    prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
+    ids, mask = grpo.generate(policy, *common.pad(prompts, "left"), 3000, 5, 1.3,
+                              torch.tensor([tokenizer.eos_token_id]), torch.Generator().manual_seed(0))
     assert len(set(map(tuple, ids.tolist()))) > 1000
     for i, prompt in enumerate(prompts):
         probs = (policy(torch.tensor([prompt])).logits[0, -1] / 1.3).softmax(-1)
-        first = ids[i * group:(i + 1) * group, 0].bincount(minlength=len(probs)) / group
+        first = ids[i * 3000:(i + 1) * 3000, 0].bincount(minlength=len(probs)) / 3000
         assert (first - probs).abs().sum() / 2 < 0.08
     # the second token too: rows keep their cache when others finish
-    likely = ids[:group, 0].mode().values
-    after = ids[:group][(ids[:group, 0] == likely) & (mask[:group, 1] == 1), 1]
+    likely = ids[:3000, 0].mode().values
+    after = ids[:3000][(ids[:3000, 0] == likely) & (mask[:3000, 1] == 1), 1]
     probs = (policy(torch.tensor([prompts[0] + [likely.item()]])).logits[0, -1] / 1.3).softmax(-1)
     assert (after.bincount(minlength=len(probs)) / len(after) - probs).abs().sum() / 2 < 0.08
 
