@@ -547,8 +547,8 @@ def masked_mean(values, mask, dim=None):
 def masked_whiten(values, mask, mean=masked_mean):
     """Values with mean 0 and variance 1 over the entries whose mask is 1, and 0 elsewhere.
     mean: for several processes, runtime.global_mean."""
-    centered = (values - mean(values, mask)) * mask
-    return centered * torch.rsqrt(mean(centered.square(), mask) + 1e-8)
+    centered = values - mean(values, mask)
+    return centered * torch.rsqrt(mean(centered.square(), mask) + 1e-8) * mask
 
 
 # --- the reward model
@@ -631,8 +631,9 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
                         f"({last.filename}:{last.lineno})")
     try:
         scores = [math.nan if v is None else float(v) for v in values]
-        valid = all(v is None or abs(float(v)) <= torch.finfo().max for v in values)
-    except (TypeError, ValueError):
+        valid = all(v is None or not isinstance(v, str) and abs(float(v)) <= torch.finfo().max
+                    for v in values)
+    except (TypeError, ValueError, OverflowError):
         scores, valid = [], False
     if not valid:
         raise UserError(f"{name}: must return a list of finite numbers (None leaves a "

@@ -88,6 +88,8 @@ class Args(PairArgs, SampleArgs):  # flags that are not the algorithm's: runtime
         super().__post_init__()
         if self.loss_type in ("hinge", "ipo") and (self.label_smoothing or self.robust):
             raise UserError(f"--loss-type {self.loss_type}: no --label-smoothing or --robust")
+        if self.max_tokens == 1:
+            raise UserError("--max-tokens: must leave room for a prompt and an answer")
         if self.data == "tiny/preferences.jsonl":  # the tiny world brings its own
             self.sample_data = self.sample_data or "tiny/heldout.jsonl"
             self.gold = self.gold or "tiny/world.py:gold_reward"
@@ -219,9 +221,12 @@ def evaluate_pairs(policy, reference, rows: list[dict], run: Run) -> dict:
     """Means of pair_losses over held-out pairs."""
     policy.eval()
     rows = run.share(rows)
-    groups = run.micro_batches(torch.tensor([pair_length(row) for row in rows]))
-    parts = [pair_losses(policy, reference, [rows[i] for i in group], run) for group in groups]
-    return global_means(parts)
+    metrics = {}  # name: (rows,)
+    for group in run.micro_batches(torch.tensor([pair_length(row) for row in rows])):
+        losses = pair_losses(policy, reference, [rows[i] for i in group], run)
+        for name, values in losses.items():
+            metrics.setdefault(name, torch.zeros(len(rows), device=run.device))[group] = values
+    return global_means([metrics])
 
 
 def main(args: Args):

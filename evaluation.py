@@ -201,9 +201,9 @@ def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
                distinct_ngrams(rollout.completion_ids, rollout.mask)]
     if ref_logprobs is not logprobs:  # there is a reference
         columns.append(kl_estimate(logprobs, ref_logprobs).sum(1))
-    columns = torch.stack([column.double() for column in columns], 1).tolist()  # (B, columns)
+    columns = torch.stack([column.double().cpu() for column in columns], 1)  # (B, columns)
     scores, lengths, truncated, entropy, distinct, *kl = torch.tensor(
-        gather_objects(columns), dtype=torch.float64).T
+        gather_objects(columns.tolist()), dtype=torch.float64).T
     if scores.isnan().all():
         raise UserError("--reward: it left out every completion of a step")
     groups = scores.view(-1, group_size)

@@ -148,7 +148,7 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
         n_equal += kept[0] == kept[1]
         if kept[0] != kept[1] and all(kept):
             pairs.append({**row, "chosen_ids": kept[0], "rejected_ids": kept[1],
-                          "prompt_length": len(prompt) - cut, "margin": float(margin)})
+                          "prompt_length": len(prompt) - cut, "margin_of_pair": float(margin)})
     if n_equal or n_cut:
         print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and "
               f"{n_equal} left out because their answers are equal")
@@ -175,15 +175,14 @@ def score_pairs(model, pairs: list[dict], run: Run):
 def evaluate(model, rows: list[dict], run: Run) -> dict:
     """Metrics of held-out pairs."""
     model.eval()
-    share, found = run.share(rows), []
-    for group in run.micro_batches(torch.tensor([pair_length(row) for row in share])):
-        pairs = [share[i] for i in group]
-        scores = score_pairs(model, pairs, run)
-        for pair, *both in zip(pairs, *(s.tolist() for s in scores)):
-            lengths = [len(pair[side]) - pair["prompt_length"]
-                       for side in ("chosen_ids", "rejected_ids")]
-            found.append([*both, *lengths, str(pair.get(run.args.eval_by))])
-    *numbers, values = zip(*gather_objects(found))
+    rows = run.share(rows)
+    scores = torch.zeros(2, len(rows))  # of the chosen and of the rejected answers
+    for group in run.micro_batches(torch.tensor([pair_length(row) for row in rows])):
+        scores[:, group] = torch.stack(score_pairs(model, [rows[i] for i in group], run)).cpu()
+    lengths = [[len(row[side]) - row["prompt_length"] for row in rows]
+               for side in ("chosen_ids", "rejected_ids")]
+    values = [str(row.get(run.args.eval_by)) for row in rows]
+    *numbers, values = zip(*gather_objects(list(zip(*scores.tolist(), *lengths, values))))
     chosen, rejected, chosen_length, rejected_length = torch.tensor(numbers)  # (pairs,) each
     right = ((chosen - rejected).sign() + 1) / 2
     scores = torch.cat([chosen, rejected])
@@ -255,7 +254,7 @@ def main(args: Args):
         lr, metrics = scheduler.get_last_lr()[0], []
         for rows in run.micro_batches(torch.tensor([pair_length(pair) for pair in pairs])):
             chosen, rejected = score_pairs(model, [pairs[i] for i in rows], run)
-            margin = torch.tensor([pairs[i]["margin"] for i in rows], device=run.device)
+            margin = torch.tensor([pairs[i]["margin_of_pair"] for i in rows]).to(run.device)
             loss = pair_loss(chosen, rejected, margin, args.label_smoothing, args.centering)
             (loss.sum() / n_pairs).backward()
             right = ((chosen - rejected).detach().sign() + 1) / 2

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -491,14 +490,15 @@ class Run:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name, value, step)
             self.tensorboard.flush()
-        shown = {name: f"{row[name]:.3g}" for name in list(row)[1:6] if row[name] == row[name]}
+        shown = [name for name in row if row[name] == row[name] and (
+            name != "step" and not name.endswith(("_low", "_high")))][:5]
         if prefix or step % self.args.log_every == 0:
             intervals = {name: f" ({row[name + '_low']:.2f} to {row[name + '_high']:.2f})"
                          for name in shown if name + "_low" in row}
             tqdm.write(f"step {step:4}  " + "  ".join(
-                f"{name} {value}{intervals.get(name, '')}" for name, value in shown.items()))
+                f"{name} {row[name]:.3g}{intervals.get(name, '')}" for name in shown))
         if not prefix:
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix({name: row[name] for name in shown}, refresh=False)
             self.bar.update()
 
     # --- checkpoints
@@ -651,9 +651,9 @@ def versions(device) -> dict:
     commit = shutil.which("git") and subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
         capture_output=True, text=True).stdout.strip()
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "device": f"{device} ({card})",
+    gpu = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no GPU"
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": transformers.__version__, "device": f"{device} ({gpu})",
             "processes": dist.get_world_size() if dist.is_initialized() else 1,
             "commit": commit or None}
 

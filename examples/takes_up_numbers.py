@@ -1,4 +1,4 @@
-"""An example reward function: an answer to a word problem earns 1 if it uses at least two of the
+r"""An example reward function: an answer to a word problem earns 1 if it uses at least two of the
 problem's numbers, otherwise 0. A small chat model can already earn it. Copy this file to start
 your own.
 

@@ -1,6 +1,7 @@
 """What the tests of whole runs share: small runs of each script, in this process or in others."""
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import reinforce
 import reward_model
 import runtime
 
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # a line per tensor, which pytest would keep
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce, "dpo": dpo, "reward_model": reward_model}
 ON_POLICY = ("grpo", "ppo", "reinforce")
@@ -26,7 +29,8 @@ PAIRWISE = ("dpo", "reward_model")
 GOLD = "tiny/world.py:gold_reward"
 SMALL = {  # flags of a run that takes about a second; its data are `rows_of_data`
     "grpo": dict(steps=2, prompts_per_step=3, group_size=4, max_new_tokens=12, eval_prompts=4, gold=GOLD),
-    "dpo": dict(pairs_per_step=8, eval_pairs=4, eval_prompts=2, max_new_tokens=8, warmup=0, gold=GOLD),
+    "dpo": dict(pairs_per_step=8, eval_pairs=4, eval_prompts=2, max_new_tokens=8, warmup=0, gold=GOLD,
+                sample_data="tiny/heldout.jsonl"),
     "reward_model": dict(pairs_per_step=8, eval_pairs=4, bias_prompts=4, max_new_tokens=8, warmup=0)}
 SMALL["ppo"] = SMALL["reinforce"] = SMALL["grpo"]
 

@@ -3,6 +3,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -16,19 +17,24 @@ import reinforce
 from helpers.repo import ROOT, load, user_error
 
 credit = load("tools/credit.py")
-SMALL = dict(prompts_per_step=3, group_size=4, max_new_tokens=16, eval_prompts=0, steps=2, device="cpu", lr=3e-3)
+SMALL = dict(prompts_per_step=3, group_size=4, max_new_tokens=16, eval_prompts=0, steps=1, device="cpu", lr=3e-3)
 CASES = {  # script, its flags, and the function whose result is the advantages
     "grpo": (grpo, {}, "group_advantages"),
     "grpo, KL in the reward": (grpo, dict(kl_in_reward=True, scale_rewards="batch", beta=0.5), "group_advantages"),
     "grpo without reference": (grpo, dict(beta=0.0, truncation_penalty=0.5), "group_advantages"),
     "ppo": (ppo, dict(critic_lr=3e-3), "gae"),
-    "ppo, beta adapted": (ppo, dict(kl_target=0.01, kl_horizon=12, whiten=False, gae_lambda=0.5, mask_truncated=True), "gae"),
-    "ppo, bfloat16": (ppo, dict(dtype="bfloat16"), "gae"),
+    "ppo, beta adapted, bfloat16": (ppo, dict(kl_target=0.01, kl_horizon=12, whiten=False, gae_lambda=0.5,
+                                             mask_truncated=True, dtype="bfloat16"), "gae"),
     "reinforce": (reinforce, {}, "token_advantages"),
     "reinforce, moving baseline": (reinforce, dict(baseline="moving", kl_per_token=True), "token_advantages"),
     "reinforce, greedy baseline": (reinforce, dict(baseline="greedy", whiten=True, beta=0.0), "token_advantages"),
     "ppo, LoRA": (ppo, dict(lora_rank=2), "gae"),
     "grpo, LoRA": (grpo, dict(lora_rank=2, kl_in_reward=True), "group_advantages")}
+
+
+def train(script, **flags):
+    script.main(script.Args(**SMALL | flags))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the run's own handler would keep its lock
 
 
 def files(folder) -> dict:
@@ -39,7 +45,8 @@ def lines(out: str) -> list[tuple[float, list[float], str]]:
     """(score, advantages, text) of each printed completion."""
     found = re.findall(r"^(?:best |worst) +(\S+)  (.*)$", out, re.M)
     number = r"\[([+-]\d+\.\d\d)\]"
-    return [(float(score), [float(x) for x in re.findall(number, line)], re.sub(number, "", line)) for score, line in found]
+    return [(float(score), [float(x) for x in re.findall(number, line)], re.sub(number, "", line))
+            for score, line in found]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -48,7 +55,7 @@ def test_the_advantages_are_those_of_the_next_step(case, tmp_path, monkeypatch, 
     if flags.get("lora_rank") and not importlib.util.find_spec("peft"):
         pytest.skip("peft is missing: pip install peft")
     run = tmp_path / "run"
-    script.main(script.Args(**SMALL | flags | {"run_dir": str(run)}))
+    train(script, **flags, run_dir=str(run))
     results, function = [], getattr(script, name)
 
     def spy(*arguments, **keywords):
@@ -59,7 +66,7 @@ def test_the_advantages_are_those_of_the_next_step(case, tmp_path, monkeypatch, 
     credit.main(credit.Args(str(run), prompts=3, device="cpu"))
     printed = lines(capsys.readouterr().out)
     assert files(run) == before
-    script.main(script.Args(**SMALL | flags | {"resume": str(run), "steps": 3}))
+    train(script, **flags, resume=str(run), steps=2)
     ours, theirs = (result if isinstance(result, torch.Tensor) else result[0] for result in results)
     assert torch.equal(ours, theirs) and ours.abs().max() > 0
 
@@ -88,11 +95,11 @@ def test_the_models_are_those_of_the_last_checkpoint(tmp_path, monkeypatch):
         def remember(*arguments, name=name, function=function):
             return made.setdefault(name, function(*arguments))
         monkeypatch.setattr(ppo, name, remember)
-    ppo.main(ppo.Args(**SMALL | {"run_dir": str(tmp_path / "run"), "critic_lr": 3e-3}))
+    train(ppo, run_dir=str(tmp_path / "run"), critic_lr=3e-3)
     trained = made["load_critic"].state_dict(), made["load_causal_lm"].state_dict()
     monkeypatch.undo()
     run, script, models = credit.load_run(str(tmp_path / "run"), "cpu")
-    assert script is ppo and run.state["step"] == 2
+    assert script is ppo and run.state["step"] == 1
     for model, weights in zip((models["critic"], models["policy"]), trained):
         assert weights and all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     initial = ppo.load_critic(run.args, run.reward, common.load_tokenizer("tiny/policy"), "cpu")
@@ -102,7 +109,7 @@ def test_the_models_are_those_of_the_last_checkpoint(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("credit") / "run"
-    grpo.main(grpo.Args(**SMALL | {"run_dir": str(run), "steps": 1}))
+    train(grpo, run_dir=str(run))
     return run
 
 

@@ -150,7 +150,8 @@ def test_a_mistake_is_one_line(tmp_path, flags, line):
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_code_2(tmp_path):
-    done = subprocess.run([sys.executable, "tools/plot.py", tmp_path / "none"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "tools/plot.py", tmp_path / "none"], capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {tmp_path}/none: not a run: ")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from helpers.repo import ROOT, read
+from helpers.repo import ROOT, SCRIPTS, read
 
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)")
@@ -68,7 +68,8 @@ def source_parts(source: str) -> tuple[list[str], list[str], int]:
     outside, _ = split_fences(source)
     headings = [plain(line.lstrip("#")) for line in outside if re.match(r"#{1,6} ", line)]
     links = [target for line in outside for target in LINK.findall(re.sub(r"`[^`]*`", "", line))]
-    return headings, links, sum(re.fullmatch(r"\|?(\s*:?-+:?\s*\|)+(\s*:?-+:?)?\s*", line) is not None for line in outside)
+    tables = [line for line in outside if re.fullmatch(r"\|?(\s*:?-+:?\s*\|)+(\s*:?-+:?)?\s*", line)]
+    return headings, links, len(tables)
 
 
 def anchors(source: str) -> set[str]:
@@ -162,11 +163,10 @@ def test_the_readme_has_commands_and_links_to_every_other_page():
     assert {page for page in PAGES if page.startswith("docs/")} <= {link.partition("#")[0] for link in links}
 
 
-@pytest.mark.parametrize("path", ["tools/compare.py", "tools/plot.py", "tools/credit.py", "tiny/make.py", "grpo.py",
-                                  "ppo.py", "reinforce.py", "dpo.py", "reward_model.py", "examples/takes_up_numbers.py"])
-def test_commands_in_docstrings(path):
-    """The indented ones."""
-    text = re.sub(r"\\+\n\s*", " ", ast.get_docstring(ast.parse(read(path)), clean=False))
+@pytest.mark.parametrize("path", [*SCRIPTS, "tools/compare.py", "tools/plot.py", "tools/credit.py", "tiny/make.py",
+                                  "examples/takes_up_numbers.py"])
+def test_indented_commands_in_docstrings(path):
+    text = re.sub(r"\\\n\s*", " ", ast.get_docstring(ast.parse(read(path)), clean=False))
     found = commands("```\n" + "\n".join(re.findall(r"^ {4}(python .*)$", text, re.M)) + "\n```\n")
     assert found
     for words in found:

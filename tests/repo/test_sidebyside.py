@@ -45,7 +45,8 @@ def test_shared_flags_are_the_same_but_for_their_defaults(script):
 def test_dpo_and_reward_model_have_the_same_marks():
     marks = [name for name in sections(read("dpo.py")) if name != "(head)"]
     assert marks == [name for name in sections(read("reward_model.py")) if name != "(head)"]
-    assert {"the algorithm", "setup", "steps", "1. take some pairs", "2. update", "3. log, evaluate, save"} <= set(marks)
+    assert {"the algorithm", "setup", "steps", "1. take some pairs", "2. update",
+            "3. log, evaluate, save"} <= set(marks)
 
 
 def test_lines_fit_in_two_panes():
@@ -60,7 +61,8 @@ def test_lines_fit_in_two_panes():
 def test_main_has_no_inner_functions(script):
     main, = (node for node in ast.parse(read(script)).body if getattr(node, "name", "") == "main")
     inner = [node for node in ast.walk(main)
-             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)) and node is not main]
+             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef))
+             and node is not main]
     assert not inner, f"{script}:{inner[0].lineno}"
 
 

@@ -282,10 +282,12 @@ def test_a_reward_model_with_another_tokenizer_is_not_the_critics_start(tmp_path
     ppo.load_critic(args, SimpleNamespace(model=None), tokenizer, "cpu")
     assert f"the critic starts from {policy}\n" in capsys.readouterr().out
     args.critic = other
-    refuses(lambda: ppo.load_critic(args, SimpleNamespace(model=None), tokenizer, "cpu"), f"--critic {other}", "tokenizer")
+    refuses(lambda: ppo.load_critic(args, SimpleNamespace(model=None), tokenizer, "cpu"),
+            f"--critic {other}", "tokenizer")
 
 
 def test_a_critic_with_a_shorter_context_is_refused(tmp_path):
     short = save_reward_model(tmp_path / "rm", "llama", positions=16)
-    refuses(lambda: load_critic(save_policy(tmp_path / "policy"), critic=short), f"--critic {short}", "context", "shorter")
-    refuses(lambda: load_critic(save_policy(tmp_path / "policy"), critic="tiny/none"), "tiny/none: no such model")
+    policy = save_policy(tmp_path / "policy")
+    refuses(lambda: load_critic(policy, critic=short), f"--critic {short}", "context", "shorter")
+    refuses(lambda: load_critic(policy, critic="tiny/none"), "tiny/none: no such model")

