@@ -88,7 +88,7 @@ class RunArgs:
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag}: must be a finite number")
             for bound in getattr(hint, "__metadata__", ()):
-                if not BOUNDS[bound](value):
+                if bound in BOUNDS and not BOUNDS[bound](value):
                     raise UserError(f"{flag}: must be {bound}")
 
 
@@ -152,7 +152,7 @@ def cli(main, Args, description: str):
         print(description)
     try:
         args = tyro.cli(Args, description="")
-        if args.resume:  # the flags of that run, except for those given now
+        if getattr(args, "resume", ""):  # the flags of that run, except for those given now
             flags = saved_flags(Path(args.resume), Args) | {"resume": args.resume}
             args = tyro.cli(Args, description="", default=Args(**flags))
         main(args)
@@ -248,8 +248,8 @@ class Run:
     def __init__(self, args: RunArgs, script: str):
         self.args, self.state, self.frozen, self.trained = args, {"step": 0}, {}, {}
         self.step, self.steps = 0, getattr(args, "steps", 0)
-        self.bf16 = self.stopped = self._interrupted = False
-        self._rows, self._orders, self._phases = [], {}, []
+        self.bf16 = self.stopped = False
+        self._rows, self._orders, self._phases, self._interrupts = [], {}, [], []
         self._join()
         name = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(gather_objects([args.resume or args.run_dir or name])[0])
@@ -479,8 +479,8 @@ class Run:
             row |= {"seconds": round(sum(seconds.values()), 4)}
             row |= {name: round(value, 4) for name, value in seconds.items()}
             self._phases = []
-            interrupted = torch.tensor(float(self._interrupted), device=self.device)
-            self.stopped = all_sum(interrupted).item() > 0  # by Ctrl-C in any process
+            interrupts = torch.tensor(float(len(self._interrupts)), device=self.device)
+            self.stopped = all_sum(interrupts).item() > 0  # by Ctrl-C in any process
             if 0 < getattr(self.args, "max_kl", 0) < row.get("kl", 0):
                 self.stopped = True
                 tqdm.write(f"stopped by --max-kl: the KL of step {step} is {row['kl']:g}")
@@ -526,12 +526,8 @@ class Run:
             print(f"{self.dir} is finished: it has made all of its {self.steps} steps")
         self.bar = tqdm(total=self.steps, initial=step, disable=self.rank > 0 or None)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._interrupt)
+            finish_step_on_interrupt(self._interrupts)
         return step + 1
-
-    def _interrupt(self, *_):
-        self._interrupted = True  # finishes the step; a second Ctrl-C stops at once
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _print_memory(self):
         """What the models take in memory, besides activations."""
@@ -644,6 +640,15 @@ class Run:
                     tensors[f"{name}.{key}"] = weight.detach()
                     tensors |= {f"{name}.{key}.{k}": v.detach() for k, v in moments.items()}
         return tensors
+
+
+def finish_step_on_interrupt(interrupts: list):
+    """Notes Ctrl-C in a list, for Run.log to stop after the step; a second one stops at once.
+    The handler must not hold the run, or the run's lock would outlive it."""
+    def interrupt(*_):
+        interrupts.append(time.time())
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def versions(device) -> dict:

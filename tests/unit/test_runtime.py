@@ -417,14 +417,14 @@ def test_a_step_in_the_log(opened, capsys):
     assert first["reward"] == 0.33333 and first["lr"] == 1.2346e-6 and second["step"] == 2
     assert first["seconds"] == pytest.approx(first["seconds_generate"] + first["seconds_update"], abs=1e-3)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert len(printed) == 1 and printed[0].split() == "step 2 reward 0.333 a 1 b 2 c 3".split()
+    assert len(printed) == 1 and printed[0].split() == "step 2 reward 0.333 a 1 b 2 c 3 d 4".split()
 
 
 def test_an_evaluation_in_the_log(opened, capsys):
     """Printed at each step, with its intervals; it starts no clock and stops no run."""
     run = opened(log_every=100)
     capsys.readouterr()
-    run._interrupted = True
+    run._interrupts.append(1)
     run.log(3, {"win_rate": 0.64667, "win_rate_low": 0.5911, "win_rate_high": 0.6987, "kl": 1e9}, "eval_")
     assert lines(run.dir / "metrics.jsonl") == [{
         "step": 3, "eval_win_rate": 0.64667, "eval_win_rate_low": 0.5911, "eval_win_rate_high": 0.6987,
