@@ -523,13 +523,14 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str = "k1"):
     With d = log pi - log pi_ref, in nats (Schulman 2020, "Approximating KL divergence"), as a
     value:
       k1 = d                  unbiased, high variance, may be negative
-      k2 = d^2 / 2            biased (second order in the distance), never negative
+      k2 = d^2 / 2            biased (third order in d), never negative
       k3 = exp(-d) - 1 + d    unbiased, low variance near d = 0, never negative
-    As a loss, differentiated with the sampled tokens fixed, the expected gradient is
+    As a loss, differentiated with the sampled tokens fixed, the expected gradient is that of
+    the KL at each token, given the tokens before it:
       k1: zero (E[grad log pi] = 0), so never use k1 in a loss
-      k2: that of KL(policy || reference), the same as k1 in the reward
-      k3: that of KL(reference || policy); times the ratio pi / pi_old, that of
-          KL(policy || reference)
+      k2: KL(policy || reference)
+      k3: KL(reference || policy); times the ratio pi / pi_old, KL(policy || reference)
+    k1 in the reward also charges a token for the KL of those after it.
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":

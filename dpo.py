@@ -1,11 +1,12 @@
 """DPO: direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290).
 
 Learns from pairs of answers, one chosen and one rejected, without a reward
-model and without sampling. The optimum of E[r] - beta * KL is
-pi* = pi_ref exp(r / beta) / Z, so a policy is the optimum of the reward
-beta * log(pi / pi_ref), which is fitted to the pairs as a reward model is:
+model and without sampling. The policy that maximizes E[r] - beta * KL is
+pi* = pi_ref exp(r / beta) / Z(x), so r = beta * log(pi* / pi_ref) + beta log Z(x).
+Z cancels in the difference of two answers to one prompt, so the policy can be
+trained like a reward model:
 
-    minimize   E[ -log sigmoid(beta * (h_w - h_l)) ]
+    minimize   E[ -log sigmoid(beta * (h_chosen - h_rejected)) ]
     h = log pi(y | x) - log pi_ref(y | x)
 
 --loss-type has hinge (SLiC, Zhao et al. 2023, arXiv:2305.10425), ipo (Azar et
@@ -14,7 +15,7 @@ al. 2023, arXiv:2310.12036) and simpo (Meng et al. 2024, arXiv:2405.14734).
 Differences from the papers:
 
 1. The reference is the initial policy. DPO's authors first train it on the
-   chosen answers; --sft-weight does so on the way (Pang et al. 2024,
+   chosen answers; --sft-weight adds that loss here (Pang et al. 2024,
    arXiv:2404.19733).
 2. IPO takes sums of log-probs, as in its paper's eq. 17. TRL takes means, which
    here is --length-normalize; beta then has to be larger by the number of
@@ -25,9 +26,9 @@ Differences from the papers:
     python dpo.py                                   # the tiny world: a minute on a laptop
     python dpo.py --model MODEL --data PAIRS.jsonl --lr 1e-6
 
-Watch logprob_chosen: it may fall while the margin grows, and what neither
-answer says then gains. eval_kl: DPO goes far from the reference without
-sampling. eval_accuracy next to accuracy: overfitting.
+Watch logprob_chosen: it can fall while the margin grows; then answers outside
+the pairs become more likely. eval_kl: DPO can move far from the reference.
+accuracy far above eval_accuracy means overfitting.
 """
 import math
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Sa
 
 
 @dataclass
-class Args(PairArgs, SampleArgs):  # flags that are not the algorithm's: runtime.py
+class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     data: str = "tiny/preferences.jsonl"
@@ -104,8 +105,8 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float,
     reference, summed or averaged over their tokens.
 
     sigmoid: DPO, eq. 7. label_smoothing e: its expectation if a fraction e of labels is wrong
-        (cDPO, Mitchell 2023). robust: the loss whose expectation over such labels is that over
-        right ones (Chowdhury et al. 2024, arXiv:2403.00409, eq. 12).
+        (cDPO, Mitchell 2023). robust: an unbiased estimate of the loss on the true labels
+        (Chowdhury et al. 2024, arXiv:2403.00409, eq. 12).
     hinge: SLiC, relative to the reference (Liu et al. 2023, arXiv:2309.06657, sec. 3.2).
     ipo: pulls the log-ratio to 1 / (2 beta) (Azar et al. 2023, eq. 17).
     simpo: mean log-probs and no reference (Meng et al. 2024, eq. 6).

@@ -4,21 +4,22 @@ arXiv:2402.03300).
 Samples a group of completions for each prompt and scores them. The advantage of
 a completion is how much better it scored than its group, so no critic is needed:
 
-    maximize   E[ mean over t of min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A) ]
-               - beta * KL(policy || reference)
+    maximize   E[ mean over t of ( min(rho_t A, clip(rho_t, 1 - clip_low, 1 + clip_high) A)
+                                   - beta * (exp(-d_t) - 1 + d_t) ) ]
 
     A     = (r - mean of the group's r) / std of the group's r     one per completion
     rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 in the first update
+    d_t   = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))         whose mean is the KL
 
 Differences from the paper:
 
 1. The reference is the initial policy throughout; it is never refreshed.
-2. The std is the sample's (n - 1), plus 1e-4: equal rewards give advantage 0.
+2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
---loss-type has DAPO, Dr. GRPO, GSPO and CISPO. The exact gradient of
-E[r] - beta * KL is --kl-in-reward --scale-rewards none --loss-type dr_grpo
-(docs/convergence.md).
+--loss-type has the losses of DAPO, Dr. GRPO, GSPO and CISPO. The gradient of
+E[r] - beta * KL, up to a constant factor and with one update per rollout, is
+--kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
 
     python grpo.py                                  # the tiny world: a minute on a laptop
     python grpo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
@@ -43,7 +44,7 @@ from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run
 
 
 @dataclass
-class Args(OnPolicyArgs):  # flags that are not the algorithm's: runtime.py
+class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     reward: str = "tiny/reward_model"
@@ -101,10 +102,10 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     rewards: (B,), group after group; nan marks a completion without a score, which gets 0.
     scale "none" is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
     """
-    def std(r, total=lambda x: x):  # sample std over dim 1, ignoring nan
-        n = total((~r.isnan()).sum(1, keepdim=True))
-        mean = total(r.nansum(1, keepdim=True)) / n.clamp(min=1)
-        squares = total((r - mean).square().nansum(1, keepdim=True))
+    def std(r, over_processes=lambda x: x):  # sample std over dim 1, ignoring nan
+        n = over_processes((~r.isnan()).sum(1, keepdim=True))
+        mean = over_processes(r.nansum(1, keepdim=True)) / n.clamp(min=1)
+        squares = over_processes((r - mean).square().nansum(1, keepdim=True))
         return (squares / (n - 1).clamp(min=1)).sqrt()
 
     # float64: rounding in the mean of equal rewards would be blown up by the division
@@ -119,12 +120,13 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_low: float,
                 clip_high: float):
-    """Loss of each token, and whether its ratio was clipped below and above: three (B, T).
+    """Returns (loss, clipped_low, clipped_high), each (B, T): the loss of each token, and
+    whether clipping its ratio from below or from above changed it.
 
     logprobs, old_logprobs, mask: (B, T); advantages: (B,).
     grpo, dapo, dr_grpo: PPO's clipped objective (arXiv:1707.06347, eq. 7).
     gspo: one ratio per completion, the geometric mean over tokens (arXiv:2507.18071, eq. 7).
-    cispo: the clipped ratio weights the log-prob, so clipped tokens learn (arXiv:2506.13585).
+    cispo: the clipped ratio weights the log-prob, so no token loses its gradient (2506.13585).
     """
     advantages = advantages[:, None]
     log_ratio = logprobs - old_logprobs
@@ -142,7 +144,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
 
 
 def token_weights(mask, loss_type: str, max_new_tokens: int):
-    """Weight of each token in the loss of an update, (B, T), over all processes.
+    """Weight of each token in the loss of an update, (B, T), normalized over all processes.
 
     grpo, gspo: mean over completions of the mean over their tokens (DeepSeekMath, eq. 3).
     dapo, cispo: mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
@@ -152,7 +154,7 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
         lengths = mask.sum(1, keepdim=True)
         return mask / lengths.clamp(min=1) / all_sum((lengths > 0).sum()).clamp(min=1)
     if loss_type == "dr_grpo":
-        return mask / all_sum(torch.full_like(mask, max_new_tokens)[:, 0].sum())
+        return mask / (all_sum(torch.ones_like(mask[:, 0]).sum()) * max_new_tokens)
     return mask / all_sum(mask.sum()).clamp(min=1)
 
 
@@ -175,29 +177,28 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     end-of-sequence token. Without a generator, decodes greedily.
     """
     cache = DynamicCache(config=model.config)
-    past = cache_argument(model, cache)
+    past = cache_argument(model, cache)  # its keyword depends on the version of transformers
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
                    use_cache=True, logits_to_keep=1, **past).logits[:, -1]
-    # each prompt was read once; its group shares what the cache holds of it
-    cache.batch_repeat_interleave(group_size)
+    cache.batch_repeat_interleave(group_size)  # each prompt was processed once, for its group
     logits, attention_mask, position = (x.repeat_interleave(group_size, 0) for x in
                                         (logits, prompt_mask, position[:, -1:]))
-    rows = torch.arange(len(logits), device=logits.device)  # completions still being written
-    ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
+    active = torch.arange(len(logits), device=logits.device)  # completions not finished yet
+    ids = prompt_ids.new_zeros(len(active), max_new_tokens)
     mask = torch.zeros_like(ids)
     for t in range(max_new_tokens):
-        probs = (logits.float() / temperature).softmax(-1)  # (rows, V)
+        probs = (logits.float() / temperature).softmax(-1)  # (active, V)
         token = (probs.argmax(-1, keepdim=True) if generator is None else
-                 torch.multinomial(probs, 1, generator=generator))  # (rows, 1)
-        ids[rows, t], mask[rows, t] = token[:, 0], 1
+                 torch.multinomial(probs, 1, generator=generator))  # (active, 1)
+        ids[active, t], mask[active, t] = token[:, 0], 1
         alive = ~torch.isin(token[:, 0], eos_ids)
         if t == max_new_tokens - 1 or not alive.any():
             break
-        if not alive.all():  # finished rows cost nothing more
+        if not alive.all():  # drop finished completions from the batch
             cache.batch_select_indices(alive.nonzero()[:, 0])
-            rows, token, attention_mask, position = (x[alive] for x in (
-                rows, token, attention_mask, position))
+            active, token, attention_mask, position = (x[alive] for x in (
+                active, token, attention_mask, position))
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1
         logits = model(input_ids=token, attention_mask=attention_mask, position_ids=position,
                        use_cache=True, **past).logits[:, -1]
@@ -205,7 +206,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
-    """group_size completions for each of some rows, in batches that fit in memory."""
+    """Samples group_size completions per row, at most --generate-batch-size at a time."""
     args, eos_ids = run.args, eos_token_ids(model, tokenizer, run.device)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", run.device)
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
@@ -227,7 +228,7 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     train_rows, eval_rows = load_prompts(args, tokenizer)
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
-    reference = run.load_reference(policy)  # None at beta 0; with LoRA, the policy itself
+    reference = run.load_reference(policy)  # may be None; with LoRA, the policy itself
     reward = run.load_reward(args.reward)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)
@@ -237,8 +238,8 @@ def main(args: Args):
     trained = {"policy": (policy, optimizer, scheduler)}
 
     # --- setup of the algorithm
-    # with one update per rollout, its own forward pass gives the old log-probs
-    one_pass = args.epochs * args.minibatches == 1 and not args.kl_in_reward
+    # with one update per rollout, its forward pass also gives old_logprobs: step 3 skips them
+    single_update = args.epochs * args.minibatches == 1 and not args.kl_in_reward
 
     # --- steps
     first_step = run.resume(tokenizer, **trained)
@@ -248,29 +249,29 @@ def main(args: Args):
     for step in range(first_step, args.steps + 1):
         # 1. generate a group of completions for each prompt
         run.phase("generate")
-        generator = run.generator(step)  # a step's randomness follows from its number
+        generator = run.generator(step)  # seeded by the step, so a resumed run draws the same
         prompts = run.batch(train_rows, step, args.prompts_per_step)
         rollout = sample(policy, prompts, args.group_size, run, tokenizer, generator)
 
         # 2. score them
         run.phase("score")
-        repeated = [row for row in prompts for _ in range(args.group_size)]
-        scores = reward(repeated, rollout.texts)  # (B,), nan where the reward gave None
+        repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
+        scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
         rewards = scores - args.truncation_penalty * rollout.truncated
         in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
         loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
 
         # 3. log-probs under the policy that sampled, and under the reference
         run.phase("logprobs")
-        batches = run.micro_batches(rollout.lengths)
+        micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            # (B, T) each; with one_pass they are 0 until the update
+            # (B, T) each; with single_update they are filled in at step 5
             old_logprobs, entropy = rollout_logprobs(
-                policy, rollout, [] if one_pass else batches, args.temperature)
-            ref_logprobs = old_logprobs  # without a reference the KL is 0
+                policy, rollout, [] if single_update else micro_batches, args.temperature)
+            ref_logprobs = old_logprobs  # no reference: the same tensor, so the KL is 0
             if reference is not None:
                 with reference_mode(reference):
-                    ref_logprobs, _ = rollout_logprobs(reference, rollout, batches,
+                    ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
                                                        args.temperature)
 
         # 4. advantages
@@ -287,14 +288,14 @@ def main(args: Args):
         for _ in range(args.epochs):
             order = torch.randperm(len(scores), generator=generator, device=run.device)
             for minibatch in order.tensor_split(args.minibatches):
-                weights = torch.zeros_like(old_logprobs)  # (B, T)
+                weights = torch.zeros_like(old_logprobs)  # (B, T), 0 outside this minibatch
                 weights[minibatch] = token_weights(loss_mask[minibatch], args.loss_type,
                                                    args.max_new_tokens)
                 for rows in run.micro_batches(rollout.lengths, minibatch):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # the policy that sampled: the ratio is 1 exactly
+                    if updates == 0:  # the policy has not changed: the ratio is exactly 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],
@@ -326,7 +327,7 @@ def main(args: Args):
             evaluate(step, policy, reference)
         if run.due(args.save_every, step):
             run.save(step)
-        if run.stopped:  # Ctrl-C or --max-kl
+        if run.stopped:  # set in run.log by Ctrl-C or --max-kl
             break
 
 

@@ -9,8 +9,9 @@ come, and a token's advantage is how much better things went than predicted:
 
     rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 in the first update
     r_t   = -beta * log(pi_old(y_t | ..) / pi_ref(y_t | ..))  +  score(x, y) on the last token
-    A_t   = sum over l of (gamma lambda)^l (r_t+l + gamma V_t+l+1 - V_t+l)        GAE
+    A_t   = sum over l of (gamma lambda)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l})      GAE
     critic: minimize the mean of max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2) / 2
+    R_t   = A_t + V_old_t
 
 Differences from the papers:
 
@@ -20,14 +21,15 @@ Differences from the papers:
 4. The mean is over all tokens of an update; whitening, over those of a rollout.
 
 With gamma 1, no whitening, and an exact critic or lambda 1, the gradient of one
-update is that of E[r] - beta * KL, up to a factor (docs/convergence.md).
+update is that of E[r] - beta * KL, up to a factor, for large rollouts; in small
+ones the mean over tokens turns it by a few degrees (docs/convergence.md).
 
     python ppo.py                                   # the tiny world: a minute on a laptop
     python ppo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6 --critic-lr 1e-5
 
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
 rises, it is being hacked. explained_variance near or below 0: the critic
-knows nothing yet. approx_kl, clip_fraction: how far a rollout's updates go.
+knows nothing yet. approx_kl: how far the updates of one rollout go.
 """
 from dataclasses import dataclass
 
@@ -46,7 +48,7 @@ from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, P
 
 
 @dataclass
-class Args(OnPolicyArgs):  # flags that are not the algorithm's: runtime.py
+class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     reward: str = "tiny/reward_model"
@@ -94,7 +96,7 @@ class Args(OnPolicyArgs):  # flags that are not the algorithm's: runtime.py
     clip_high: NonNegFloat = 0.2
     """the ratio is clipped at 1 + clip_high"""
     value_clip: NonNegFloat = 0.2
-    """the updates of a rollout move a value by at most this (0: no clipping)"""
+    """clip range around the old value in the value loss (0: no clipping)"""
     target_kl: NonNegFloat = 0.0
     """end a rollout's updates at this KL per token from the old policy (0.01 to 0.1; 0: no)"""
     kl_target: NonNegFloat = 0.0
@@ -136,8 +138,8 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_low: float, clip_high: float):
-    """Loss of each token, and whether its ratio was clipped below and above: three (B, T), of
-    three (B, T) (arXiv:1707.06347, eq. 7)."""
+    """Returns (loss, clipped_low, clipped_high), each (B, T): the loss of each token, and
+    whether clipping its ratio from below or from above changed it (PPO, eq. 7)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -161,6 +163,15 @@ def adapted_beta(beta: float, kl: float, completions: int, args) -> float:
     return beta * (1 + error * completions / args.kl_horizon)
 
 
+def explained_variance(values, returns, mask):
+    """1 - mean((returns - values)^2) / Var(returns): at most 1; 0: no better than the mean."""
+    residual = global_mean((returns - values).square(), mask)
+    variance = global_mean((returns - global_mean(returns, mask)).square(), mask)
+    return 1 - residual / variance.clamp(min=1e-8)
+
+
+# --- the critic
+
 def completion_values(critic, prompt_ids, prompt_mask, completion_ids, mask):
     """The critic's value before each completion token, float32 (B, T), 0 where mask is 0."""
     outputs = completion_outputs(critic, prompt_ids, prompt_mask, completion_ids, mask)
@@ -174,13 +185,6 @@ def rollout_values(critic, rollout: Rollout, micro_batches: list):
     for rows in micro_batches:
         values[rows] = completion_values(critic, *rollout.tokens(rows))
     return values
-
-
-def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns), with the errors' mean left in; at most 1."""
-    residual = global_mean((returns - values).square(), mask)
-    variance = global_mean((returns - global_mean(returns, mask)).square(), mask)
-    return 1 - residual / variance.clamp(min=1e-8)
 
 
 def load_critic(args: Args, reward, tokenizer, device):
@@ -218,29 +222,28 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     end-of-sequence token. Without a generator, decodes greedily.
     """
     cache = DynamicCache(config=model.config)
-    past = cache_argument(model, cache)
+    past = cache_argument(model, cache)  # its keyword depends on the version of transformers
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
                    use_cache=True, logits_to_keep=1, **past).logits[:, -1]
-    # each prompt was read once; its group shares what the cache holds of it
-    cache.batch_repeat_interleave(group_size)
+    cache.batch_repeat_interleave(group_size)  # each prompt was processed once, for its group
     logits, attention_mask, position = (x.repeat_interleave(group_size, 0) for x in
                                         (logits, prompt_mask, position[:, -1:]))
-    rows = torch.arange(len(logits), device=logits.device)  # completions still being written
-    ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
+    active = torch.arange(len(logits), device=logits.device)  # completions not finished yet
+    ids = prompt_ids.new_zeros(len(active), max_new_tokens)
     mask = torch.zeros_like(ids)
     for t in range(max_new_tokens):
-        probs = (logits.float() / temperature).softmax(-1)  # (rows, V)
+        probs = (logits.float() / temperature).softmax(-1)  # (active, V)
         token = (probs.argmax(-1, keepdim=True) if generator is None else
-                 torch.multinomial(probs, 1, generator=generator))  # (rows, 1)
-        ids[rows, t], mask[rows, t] = token[:, 0], 1
+                 torch.multinomial(probs, 1, generator=generator))  # (active, 1)
+        ids[active, t], mask[active, t] = token[:, 0], 1
         alive = ~torch.isin(token[:, 0], eos_ids)
         if t == max_new_tokens - 1 or not alive.any():
             break
-        if not alive.all():  # finished rows cost nothing more
+        if not alive.all():  # drop finished completions from the batch
             cache.batch_select_indices(alive.nonzero()[:, 0])
-            rows, token, attention_mask, position = (x[alive] for x in (
-                rows, token, attention_mask, position))
+            active, token, attention_mask, position = (x[alive] for x in (
+                active, token, attention_mask, position))
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1
         logits = model(input_ids=token, attention_mask=attention_mask, position_ids=position,
                        use_cache=True, **past).logits[:, -1]
@@ -248,7 +251,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
-    """group_size completions for each of some rows, in batches that fit in memory."""
+    """Samples group_size completions per row, at most --generate-batch-size at a time."""
     args, eos_ids = run.args, eos_token_ids(model, tokenizer, run.device)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", run.device)
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
@@ -270,7 +273,7 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     train_rows, eval_rows = load_prompts(args, tokenizer)
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
-    reference = run.load_reference(policy)  # None at beta 0; with LoRA, the policy itself
+    reference = run.load_reference(policy)  # may be None; with LoRA, the policy itself
     reward = run.load_reward(args.reward)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)
@@ -280,7 +283,7 @@ def main(args: Args):
     trained = {"policy": (policy, optimizer, scheduler)}
 
     # --- setup of the algorithm
-    one_pass = False  # the rewards hold the KL, so the old log-probs come before the update
+    single_update = False  # step 4 needs old_logprobs: the KL is part of the rewards
     run.state["beta"] = args.beta
     critic = run.trainable(load_critic(args, reward, tokenizer, run.device))
     critic_optimizer = torch.optim.AdamW((p for p in critic.parameters() if p.requires_grad),
@@ -297,34 +300,34 @@ def main(args: Args):
     for step in range(first_step, args.steps + 1):
         # 1. generate a group of completions for each prompt
         run.phase("generate")
-        generator = run.generator(step)  # a step's randomness follows from its number
+        generator = run.generator(step)  # seeded by the step, so a resumed run draws the same
         prompts = run.batch(train_rows, step, args.prompts_per_step)
         rollout = sample(policy, prompts, args.group_size, run, tokenizer, generator)
 
         # 2. score them
         run.phase("score")
-        repeated = [row for row in prompts for _ in range(args.group_size)]
-        scores = reward(repeated, rollout.texts)  # (B,), nan where the reward gave None
+        repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
+        scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
         rewards = scores - args.truncation_penalty * rollout.truncated
         in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
         loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
 
         # 3. log-probs under the policy that sampled, and under the reference
         run.phase("logprobs")
-        batches = run.micro_batches(rollout.lengths)
+        micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            # (B, T) each; with one_pass they are 0 until the update
+            # (B, T) each; with single_update they are filled in at step 5
             old_logprobs, entropy = rollout_logprobs(
-                policy, rollout, [] if one_pass else batches, args.temperature)
-            ref_logprobs = old_logprobs  # without a reference the KL is 0
+                policy, rollout, [] if single_update else micro_batches, args.temperature)
+            ref_logprobs = old_logprobs  # no reference: the same tensor, so the KL is 0
             if reference is not None:
                 with reference_mode(reference):
-                    ref_logprobs, _ = rollout_logprobs(reference, rollout, batches,
+                    ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
                                                        args.temperature)
 
         # 4. advantages
         with run.autocast():
-            values = rollout_values(critic, rollout, batches)  # (B, T)
+            values = rollout_values(critic, rollout, micro_batches)  # (B, T)
         kl, beta = kl_estimate(old_logprobs, ref_logprobs), run.state["beta"]  # (B, T)
         rewards = token_rewards(rewards.nan_to_num(0.0), kl, rollout.mask, beta)  # (B, T)
         advantages, returns = gae(rewards, values, rollout.mask, args.gamma, args.gae_lambda)
@@ -346,7 +349,7 @@ def main(args: Args):
         for _ in range(args.epochs):
             order = torch.randperm(len(scores), generator=generator, device=run.device)
             for minibatch in order.tensor_split(args.minibatches):
-                if 0 < args.target_kl < approx_kl:  # this rollout has taught enough
+                if 0 < args.target_kl < approx_kl:  # the policy has moved far enough
                     break
                 new_logprobs = old_logprobs.clone()  # (B, T)
                 tokens = all_sum(loss_mask[minibatch].sum()).clamp(min=1)
@@ -362,7 +365,7 @@ def main(args: Args):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # the policy that sampled: the ratio is 1 exactly
+                    if updates == 0:  # the policy has not changed: the ratio is exactly 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     new_logprobs[rows] = logprobs.detach()
                     loss, low, high = policy_loss(
@@ -403,7 +406,7 @@ def main(args: Args):
             evaluate(step, policy, reference)
         if run.due(args.save_every, step):
             run.save(step)
-        if run.stopped:  # Ctrl-C or --max-kl
+        if run.stopped:  # set in run.log by Ctrl-C or --max-kl
             break
 
 

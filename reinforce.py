@@ -45,7 +45,7 @@ from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, P
 
 
 @dataclass
-class Args(OnPolicyArgs):  # flags that are not the algorithm's: runtime.py
+class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     reward: str = "tiny/reward_model"
@@ -134,8 +134,8 @@ def token_advantages(rewards, baselines, kl, mask, beta: float, kl_per_token: bo
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low: float, clip_high: float):
-    """Loss of each token, and whether the clip stops it below and above: three (B, T), of four
-    (B, T).
+    """Returns (loss, clipped_low, clipped_high), each (B, T): the loss of each token, and
+    whether clipping its ratio from below or from above stopped its gradient.
 
     Its gradient is -ratio * A * grad log pi, with one ratio per completion: the importance
     weight of what an older policy sampled. It is stopped where PPO's clip has no gradient
@@ -158,29 +158,28 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     end-of-sequence token. Without a generator, decodes greedily.
     """
     cache = DynamicCache(config=model.config)
-    past = cache_argument(model, cache)
+    past = cache_argument(model, cache)  # its keyword depends on the version of transformers
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
                    use_cache=True, logits_to_keep=1, **past).logits[:, -1]
-    # each prompt was read once; its group shares what the cache holds of it
-    cache.batch_repeat_interleave(group_size)
+    cache.batch_repeat_interleave(group_size)  # each prompt was processed once, for its group
     logits, attention_mask, position = (x.repeat_interleave(group_size, 0) for x in
                                         (logits, prompt_mask, position[:, -1:]))
-    rows = torch.arange(len(logits), device=logits.device)  # completions still being written
-    ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
+    active = torch.arange(len(logits), device=logits.device)  # completions not finished yet
+    ids = prompt_ids.new_zeros(len(active), max_new_tokens)
     mask = torch.zeros_like(ids)
     for t in range(max_new_tokens):
-        probs = (logits.float() / temperature).softmax(-1)  # (rows, V)
+        probs = (logits.float() / temperature).softmax(-1)  # (active, V)
         token = (probs.argmax(-1, keepdim=True) if generator is None else
-                 torch.multinomial(probs, 1, generator=generator))  # (rows, 1)
-        ids[rows, t], mask[rows, t] = token[:, 0], 1
+                 torch.multinomial(probs, 1, generator=generator))  # (active, 1)
+        ids[active, t], mask[active, t] = token[:, 0], 1
         alive = ~torch.isin(token[:, 0], eos_ids)
         if t == max_new_tokens - 1 or not alive.any():
             break
-        if not alive.all():  # finished rows cost nothing more
+        if not alive.all():  # drop finished completions from the batch
             cache.batch_select_indices(alive.nonzero()[:, 0])
-            rows, token, attention_mask, position = (x[alive] for x in (
-                rows, token, attention_mask, position))
+            active, token, attention_mask, position = (x[alive] for x in (
+                active, token, attention_mask, position))
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1
         logits = model(input_ids=token, attention_mask=attention_mask, position_ids=position,
                        use_cache=True, **past).logits[:, -1]
@@ -188,7 +187,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
-    """group_size completions for each of some rows, in batches that fit in memory."""
+    """Samples group_size completions per row, at most --generate-batch-size at a time."""
     args, eos_ids = run.args, eos_token_ids(model, tokenizer, run.device)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", run.device)
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
@@ -210,7 +209,7 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     train_rows, eval_rows = load_prompts(args, tokenizer)
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
-    reference = run.load_reference(policy)  # None at beta 0; with LoRA, the policy itself
+    reference = run.load_reference(policy)  # may be None; with LoRA, the policy itself
     reward = run.load_reward(args.reward)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)
@@ -220,8 +219,8 @@ def main(args: Args):
     trained = {"policy": (policy, optimizer, scheduler)}
 
     # --- setup of the algorithm
-    # with one update per rollout, its own forward pass gives the old log-probs
-    one_pass = args.epochs * args.minibatches == 1 and args.beta == 0
+    # with one update per rollout, its forward pass also gives old_logprobs: step 3 skips them
+    single_update = args.epochs * args.minibatches == 1 and args.beta == 0
     run.state["moving"] = 0.0  # mean reward of past steps
 
     # --- steps
@@ -232,29 +231,29 @@ def main(args: Args):
     for step in range(first_step, args.steps + 1):
         # 1. generate a group of completions for each prompt
         run.phase("generate")
-        generator = run.generator(step)  # a step's randomness follows from its number
+        generator = run.generator(step)  # seeded by the step, so a resumed run draws the same
         prompts = run.batch(train_rows, step, args.prompts_per_step)
         rollout = sample(policy, prompts, args.group_size, run, tokenizer, generator)
 
         # 2. score them
         run.phase("score")
-        repeated = [row for row in prompts for _ in range(args.group_size)]
-        scores = reward(repeated, rollout.texts)  # (B,), nan where the reward gave None
+        repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
+        scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
         rewards = scores - args.truncation_penalty * rollout.truncated
         in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
         loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
 
         # 3. log-probs under the policy that sampled, and under the reference
         run.phase("logprobs")
-        batches = run.micro_batches(rollout.lengths)
+        micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            # (B, T) each; with one_pass they are 0 until the update
+            # (B, T) each; with single_update they are filled in at step 5
             old_logprobs, entropy = rollout_logprobs(
-                policy, rollout, [] if one_pass else batches, args.temperature)
-            ref_logprobs = old_logprobs  # without a reference the KL is 0
+                policy, rollout, [] if single_update else micro_batches, args.temperature)
+            ref_logprobs = old_logprobs  # no reference: the same tensor, so the KL is 0
             if reference is not None:
                 with reference_mode(reference):
-                    ref_logprobs, _ = rollout_logprobs(reference, rollout, batches,
+                    ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
                                                        args.temperature)
 
         # 4. advantages
@@ -288,7 +287,7 @@ def main(args: Args):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # the policy that sampled: the ratio is 1 exactly
+                    if updates == 0:  # the policy has not changed: the ratio is exactly 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],
@@ -319,7 +318,7 @@ def main(args: Args):
             evaluate(step, policy, reference)
         if run.due(args.save_every, step):
             run.save(step)
-        if run.stopped:  # Ctrl-C or --max-kl
+        if run.stopped:  # set in run.log by Ctrl-C or --max-kl
             break
 
 

@@ -39,7 +39,7 @@ from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Sm
 
 
 @dataclass
-class Args(PairArgs):  # flags that are not the algorithm's: runtime.py
+class Args(PairArgs):  # inherits the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial model: folder or hub id of a causal LM, or of a reward model"""
     data: str = "tiny/preferences.jsonl"

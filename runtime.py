@@ -186,7 +186,7 @@ def saved_flags(run_dir: Path, Args) -> dict:
     """The flags in a run's args.json."""
     flags = read_json(run_dir / "args.json", f"--resume {run_dir}")
     if flags.pop("ran_with", None) is None:
-        raise UserError(f"--resume {run_dir}: made by an older edition of the scripts, which "
+        raise UserError(f"--resume {run_dir}: made by an older version of this script, which "
                         "cannot be resumed: start a new run")
     if unknown := set(flags) - {field.name for field in dataclasses.fields(Args)}:
         raise UserError(f"--resume {run_dir}: a run of another script: it has "
@@ -453,7 +453,7 @@ class Run:
         return torch.Generator(self.device).manual_seed(seed)
 
     def phase(self, name: str):
-        """Starts the clock of a part of a step."""
+        """Starts the timer of a part of a step, for seconds_NAME."""
         self._phases.append((name, time.time()))
 
     def due(self, every: int, step: int) -> bool:

@@ -56,7 +56,8 @@ class Args:
 def start(name: str, folder: Path, *flags) -> subprocess.Popen:
     with open(folder / f"{time.time_ns()}.err", "w") as err:
         process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *flags], cwd=ROOT, stderr=err,
-                                   stdout=subprocess.DEVNULL, start_new_session=True)
+                                   stdout=subprocess.DEVNULL, start_new_session=True,
+                                   env={"OMP_WAIT_POLICY": "passive", **os.environ})  # for several runs at a time
     process.err = Path(err.name)
     return process
 

@@ -156,7 +156,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch, error):
 
 
 def test_saved_flags(tmp_path, monkeypatch, capsys):
-    """The flags of a run; one line for a run of another script, of an older edition, or for no run."""
+    """The flags of a run; one line for a run of another script, of an older version, or for no run."""
     path = tmp_path / "args.json"
 
     def save(**flags):
@@ -170,7 +170,7 @@ def test_saved_flags(tmp_path, monkeypatch, capsys):
     command(monkeypatch, capsys, "--resume", str(tmp_path), "--steps", "7", main=seen.append)
     assert (seen[0].lr, seen[0].steps, seen[0].resume) == (1e-6, 7, str(tmp_path))
     save(steps=3, lam=0.9)
-    refuses(lambda: runtime.saved_flags(tmp_path, ppo.Args), f"--resume {tmp_path}", "older edition", "start a new")
+    refuses(lambda: runtime.saved_flags(tmp_path, ppo.Args), f"--resume {tmp_path}", "older version", "start a new")
     path.write_text("{oops")
     refuses(lambda: runtime.saved_flags(tmp_path, grpo.Args), f"--resume {tmp_path}", "cannot be read")
     refuses(lambda: runtime.saved_flags(tmp_path / "none", grpo.Args), "--resume", "cannot be read")
