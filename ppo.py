@@ -382,9 +382,10 @@ def main(args: Args):
                 critic_optimizer.step()
                 critic_scheduler.step()
                 critic_optimizer.zero_grad()
-                if step > args.critic_warmup and not 0 < args.target_kl < approx_kl:
-                    grad_norm += run.clip_grad_norm(policy)
-                    optimizer.step()
+                if 0 < args.target_kl < approx_kl:
+                    optimizer.zero_grad()  # no gradient, no update, as in the critic's warmup
+                grad_norm += run.clip_grad_norm(policy)
+                optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
                 updates += 1

@@ -17,11 +17,12 @@ All sides train on the same weights, prompts, rewards and batch sizes, those of 
 Other models are rewarded by the length of their completions, since no reward model has their tokenizer (ppo:
 tiny world only).
 
-The sides take turns: a round runs --steps steps of each, every run in a process of its own. The first two steps are
-warm-up. dpo and reward_model have shorter steps and run five times as many. A step lasts from one optimizer step to the
-next, so it includes logging. Printed are the median and the minimum over rounds of the mean seconds per step, the
-time by phase, the peak memory of the process, and how far a step is from what the machine can do: the update from
-the measured peak of matrix products, decoding from reading the weights once per token at the measured bandwidth.
+The sides take turns: a round runs --steps steps of each, every run in a process of its own; with --repo the two
+versions alternate after each step. The first two steps are warm-up. dpo and reward_model have shorter steps and run
+five times as many. A step lasts from one optimizer step to the next, so it includes logging. Printed are the median and the
+minimum over rounds of the mean seconds per step, the time by phase, the peak memory of the process, and how far a step
+is from what the machine can do: the update from the measured peak of matrix products, decoding from reading the weights
+once per token at the measured bandwidth.
 
 --cpu-time counts CPU time on one thread instead of wall-clock time. Use it on a machine that others use as well.
 
@@ -37,6 +38,7 @@ import dataclasses
 import json
 import os
 import runpy
+import signal
 import statistics
 import sys
 import tempfile
@@ -134,16 +136,28 @@ def prepare(args: Args, folder: str) -> str:
     return folder
 
 
-def child(command: list[str], cwd: Path = ROOT, **environment: str) -> tuple[str, float]:
-    """Runs a command. Returns its output and its peak memory in MiB."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = Popen(command, cwd=cwd, stdout=out, stderr=err,
-                        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment})
-        _, status, usage = os.wait4(process.pid, 0)
-        out.seek(0), err.seek(0)
-        if status:
-            sys.exit(f"{' '.join(command)} failed:\n{err.read()[-2000:]}")
-        return out.read(), usage.ru_maxrss / 1024
+def run_children(commands: list[list[str]], folders: list[Path], **environment: str) -> list[tuple[str, float]]:
+    """Runs commands, each in its folder. Returns the output and the peak memory in MiB of each. A command runs until it
+    ends or stops itself (SIGSTOP); then the next one goes on."""
+    files = [(tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")) for _ in commands]
+    alive, found = {}, {}
+    while len(found) < len(commands):
+        for i, (command, (out, err)) in enumerate(zip(commands, files)):
+            if i in found:
+                continue
+            if i in alive:
+                alive[i].send_signal(signal.SIGCONT)
+            else:
+                alive[i] = Popen(command, cwd=folders[i], stdout=out, stderr=err,
+                                 env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment})
+            _, status, usage = os.wait4(alive[i].pid, os.WUNTRACED)
+            if os.WIFSTOPPED(status):
+                continue
+            out.seek(0), err.seek(0)
+            if status:
+                sys.exit(f"{' '.join(command)} failed:\n{err.read()[-2000:]}")
+            found[i] = out.read(), usage.ru_maxrss / 1024
+    return [found[i] for i in range(len(commands))]
 
 
 # --- the scripts
@@ -177,34 +191,44 @@ def pairs_file(args: Args, name: str, folder: str) -> str:
     return f"{folder}/pairs.jsonl"
 
 
-def timed(clock: str, out: str, script: str, *flags: str):
-    """Runs a script in this process, and writes the time after each optimizer step."""
+def timed(clock: str, out: str, in_turns: str, script: str, *flags: str):
+    """Runs a script in this process, and writes the time after each optimizer step. in_turns: then stops until it is
+    continued, which is not counted."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
-    clock, ends = getattr(time, clock), []
-    time.time = clock  # the scripts measure their phases with it
+    clock, stopped, ends = getattr(time, clock), [0.0], []
+    time.time = lambda: clock() - stopped[0]  # the scripts measure their phases with it
 
     def stamp(*_):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        ends.append(clock())
+        ends.append(time.time())
+        if in_turns == "True":
+            begun = clock()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            stopped[0] += clock() - begun
     register_optimizer_step_post_hook(stamp)
     sys.path[:2], sys.argv = [str(Path(script).parent)], [script, *flags]  # not this checkout
     runpy.run_path(script, run_name="__main__")
     Path(out).write_text(json.dumps(ends))
 
 
-def run_script(args: Args, name: str, model: str, folder: str, repo: Path = ROOT) -> dict:
-    """Seconds of each step after the warm-up, rows of metrics, and the peak memory."""
-    flags = flags_of(args, name, model, folder, not (repo / "runtime.py").exists())
-    clock, ends = "process_time" if args.cpu_time else "time", Path(folder, "ends.json")
-    command = [sys.executable, str(Path(__file__).resolve()), "timed", clock, str(ends), str(repo / f"{name}.py")]
-    _, memory = child(command + flags, repo, **({"OMP_NUM_THREADS": "1"} if args.cpu_time else {}))
-    rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
-    rows, ends = [row for row in rows if "seconds" in row], json.loads(ends.read_text())
-    ends = ends[len(ends) // len(rows) - 1::len(ends) // len(rows)]  # ppo: several per step
-    seconds = [b - a for a, b in zip(ends[WARMUP - 1:], ends[WARMUP:])]
-    return {"seconds": seconds, "rows": rows[WARMUP:], "memory": memory}
+def run_scripts(args: Args, name: str, model: str, folders: list[str], repos: list[Path]) -> list[dict]:
+    """For each repository: seconds of each step after the warm-up, rows of metrics, and the peak memory."""
+    commands, found = [], []
+    for folder, repo in zip(folders, repos):
+        flags = flags_of(args, name, model, folder, not (repo / "runtime.py").exists())
+        clock = "process_time" if args.cpu_time else "time"
+        commands.append([sys.executable, str(Path(__file__).resolve()), "timed", clock, f"{folder}/ends.json",
+                         str(len(repos) > 1), str(repo / f"{name}.py"), *flags])
+    memory = run_children(commands, repos, **({"OMP_NUM_THREADS": "1"} if args.cpu_time else {}))
+    for folder, (_, peak) in zip(folders, memory):
+        rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
+        rows, ends = [row for row in rows if "seconds" in row], json.loads(Path(folder, "ends.json").read_text())
+        ends = ends[len(ends) // len(rows) - 1::len(ends) // len(rows)]  # ppo: several per step
+        seconds = [b - a for a, b in zip(ends[WARMUP - 1:], ends[WARMUP:])]
+        found.append({"seconds": seconds, "rows": rows[WARMUP:], "memory": peak})
+    return found
 
 
 def again(args: Args, name: str, model: str) -> tuple[list, float]:
@@ -213,13 +237,13 @@ def again(args: Args, name: str, model: str) -> tuple[list, float]:
             "prompt_column", "random_weights")
     flags = [x for key, value in dataclasses.asdict(args).items() if key in kept and value != ""
              for x in (f"--{key.replace('_', '-')}", str(value))]
-    out, memory = child([sys.executable, __file__, "--child", name, "--model", model, *flags])
+    (out, memory), = run_children([[sys.executable, __file__, "--child", name, "--model", model, *flags]], [ROOT])
     return json.loads(out.splitlines()[-1]), memory
 
 
 # --- TRL
 
-def run_trl(args: Args, name: str, model: str, folder: str) -> dict:
+def run_trl(args: Args, name: str, model: str) -> dict:
     seconds, memory = again(args, name, model)
     return {"seconds": seconds, "rows": [], "memory": memory}
 
@@ -452,28 +476,26 @@ def main(args: Args):
         (peak, bandwidth, parameters), _ = again(args, "limits", model)
         print(f"{args.random_weights or args.model}: {parameters / 1e6:.2f} M parameters, {args.dtype}; "
               f"limits: {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s", flush=True)
-        sides = {"plain-rlhf": run_script}
-        if args.repo:
-            repo = Path(args.repo).resolve()
-            sides["other"] = lambda *a: run_script(*a, repo)
-        elif args.trl:
-            sides["trl"] = run_trl
+        sides = ["plain-rlhf", *(["other"] if args.repo else ["trl"] if args.trl else [])]
+        repos = [ROOT, *([Path(args.repo).resolve()] if args.repo else [])]
         for name in args.algorithms:
             found = {side: {"seconds": [], "rows": [], "rounds": [], "memory": 0} for side in sides}
             for i in range(args.rounds):
-                for side, run in sides.items():
-                    part_folder = f"{folder}/{name}-{side}-{i}"
+                folders = [f"{folder}/{name}-{i}-{side}" for side in sides[:len(repos)]]
+                for part_folder in folders:
                     os.mkdir(part_folder)
-                    part, all_parts = run(args, name, model, part_folder), found[side]
-                    all_parts["seconds"].append(statistics.fmean(part["seconds"]))
-                    all_parts["rows"] += part["rows"]
-                    all_parts["rounds"].append(part["rows"])
-                    all_parts["memory"] = max(part["memory"], all_parts["memory"])
+                parts = run_scripts(args, name, model, folders, repos)
+                parts += [run_trl(args, name, model)] if "trl" in sides else []
+                for side, part in zip(sides, parts):
+                    found[side]["seconds"].append(statistics.fmean(part["seconds"]))
+                    found[side]["rows"] += part["rows"]
+                    found[side]["rounds"].append(part["rows"])
+                    found[side]["memory"] = max(part["memory"], found[side]["memory"])
             for side in sides:
                 report(name, side, found[side])
             ours = found["plain-rlhf"]
-            print(efficiency(args, name, ours, f"{folder}/{name}-plain-rlhf-0", peak, bandwidth, parameters))
-            for side in list(sides)[1:]:
+            print(efficiency(args, name, ours, f"{folder}/{name}-0-plain-rlhf", peak, bandwidth, parameters))
+            for side in sides[1:]:
                 medians, minima = (of(found[side]["seconds"]) / of(ours["seconds"]) for of in (statistics.median, min))
                 print(f"{name:13}{side} / plain-rlhf: {medians:.2f} by medians, {minima:.2f} by minima", flush=True)
 

@@ -134,7 +134,7 @@ def weights(model: Path | str) -> torch.Tensor:
 # --- processes
 
 ENV = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-ENV |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENV |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
