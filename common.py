@@ -293,12 +293,19 @@ class Rollout:
 
 # --- models
 
+def config_folder(name: str) -> str:
+    """Where a model's config is: a LoRA checkpoint of these scripts has it in `model`, since
+    transformers takes a folder with a config.json for a whole model."""
+    inner = Path(name) / "model"
+    return str(inner) if (inner / "config.json").is_file() else name
+
+
 def check_model(name: str):
     if not Path(name).is_dir() and (
             not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists()
             or Path(name).parts[0] in ("tiny", "runs")):
         raise UserError(f"{name}: no such model folder")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not (Path(config_folder(name)) / "config.json").is_file():
         raise UserError(f"{name}: not a model: the folder has no config.json")
 
 
@@ -306,7 +313,7 @@ def load_config(name: str, **changes):
     """A model's config, with every kind of dropout set to 0."""
     check_model(name)
     try:
-        config = AutoConfig.from_pretrained(name, **changes)
+        config = AutoConfig.from_pretrained(config_folder(name), **changes)
     except Exception as error:
         raise UserError(f"{name}: its config does not load: {first_line(error)}")
     for key, value in vars(config).items():
@@ -328,10 +335,12 @@ def load_model(auto_class, name: str, device, **config_changes):
     """(model, names of the weights it came without), in float32, from safetensors, without
     dropout. A LoRA adapter is loaded with its base model and merged into it."""
     config = load_config(name, **config_changes)
-    base, adapter = name, Path(name) / "adapter_config.json"
+    base, adapters = name, []
     try:
-        if adapter.is_file():
+        while (adapter := Path(base) / "adapter_config.json").is_file():
+            adapters.insert(0, base)  # one may have been trained on top of another
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        if adapters:
             text_config = config.get_text_config()
             vocab_size = text_config.vocab_size  # the base may have had fewer tokens
             text_config.vocab_size = load_config(base).get_text_config().vocab_size
@@ -339,14 +348,15 @@ def load_model(auto_class, name: str, device, **config_changes):
             base, config=config, dtype=torch.float32, use_safetensors=True,
             output_loading_info=True)
         missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
-        if adapter.is_file():
+        for folder in adapters:
             from peft import PeftModel
             model.resize_token_embeddings(vocab_size)
-            model = PeftModel.from_pretrained(model, name)
+            model = PeftModel.from_pretrained(model, folder)
             heads = model.peft_config["default"].modules_to_save or []
-            model = model.merge_and_unload()
+            model = model.merge_and_unload().requires_grad_(True)
             missing = [key for key in missing if key.partition(".")[0] not in heads]
             unexpected = [f"{head}.weight" for head in heads if not hasattr(model, head)]
+            model.name_or_path = folder  # what a next adapter names as its base
     except ImportError:
         raise UserError(f"{name}: is a LoRA adapter: pip install peft")
     except Exception as error:

@@ -606,7 +606,8 @@ class Run:
                 full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else None
             if self.rank == 0:
                 to_save.save_pretrained(part, state_dict=weights)
-                model.config.save_pretrained(part)  # an adapter comes without it
+                # beside an adapter, transformers would take its config for a whole model's
+                model.config.save_pretrained(part if to_save is model else part / "model")
                 self.tokenizer.save_pretrained(part)
                 write_json(part / "resume/state.json", self.state | {"updates": updates})
                 part.rename(folder)
