@@ -357,9 +357,9 @@ def load_model(auto_class, name: str, device, **config_changes):
             missing = [key for key in missing if key.partition(".")[0] not in heads]
             unexpected = [f"{head}.weight" for head in heads if not hasattr(model, head)]
             model.name_or_path = folder  # what a next adapter names as its base
-    except ImportError:
-        raise UserError(f"{name}: is a LoRA adapter: pip install peft")
     except Exception as error:
+        if adapters and isinstance(error, ImportError):
+            raise UserError(f"{name}: is a LoRA adapter: pip install peft")
         kind = auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"{name}: does not load as a {kind} model: {first_line(error)}")
     other_head = [key for key in unexpected if key.startswith(("score.", "classifier."))]

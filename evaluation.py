@@ -46,7 +46,7 @@ class Evaluator:
                     self.baseline = self.samples(reference)
             elif not other:
                 self.baseline = samples
-            if run.rank == 0:
+            if run.rank == 0 and self.baseline:
                 write_whole(run.dir / "baseline.jsonl", json_lines(self.baseline))
         columns = {k: torch.tensor([s[k] for s in samples], dtype=torch.float64)
                    for k in samples[0] if k not in ("prompt", "completion")}

@@ -328,7 +328,8 @@ def main(args: Args):
         # 4. advantages
         with run.autocast():
             values = rollout_values(critic, rollout, micro_batches)  # (B, T)
-        kl, beta = kl_estimate(old_logprobs, ref_logprobs), run.state["beta"]  # (B, T)
+        kl = kl_estimate(old_logprobs, ref_logprobs)  # (B, T)
+        beta = run.state["beta"] if args.kl_target > 0 else args.beta
         rewards = token_rewards(rewards.nan_to_num(0.0), kl, rollout.mask, beta)  # (B, T)
         advantages, returns = gae(rewards, values, rollout.mask, args.gamma, args.gae_lambda)
         if args.whiten:

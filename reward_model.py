@@ -204,6 +204,7 @@ def center(model, tokenizer, reference, prompts: list[dict], reference_tokenizer
     with run.autocast():
         texts = sample_with_generate(reference, prompts, reference_tokenizer,
                                      run.args.max_new_tokens).texts
+        texts = gather_objects(texts if run.rank == 0 else [])  # the same in all processes
         texts = [render(tokenizer, row["prompt"], text) for row, text in zip(prompts, texts)]
         mean = score_texts(model.eval(), tokenizer, texts, run.args.micro_batch_tokens).mean()
     bias = getattr(model.config, "reward_bias", 0.0) - mean.item()
@@ -223,11 +224,15 @@ def main(args: Args):
     reference = None
     if args.bias_prompts and args.reference != "none":
         name = args.reference or args.model
-        reference, reference_tokenizer = load_causal_lm(name, run.device), load_tokenizer(name)
+        try:
+            reference = load_causal_lm(name, run.device)
+        except UserError as error:
+            raise UserError(f"{error} (set --reference to a causal LM, or --bias-prompts 0)")
+        reference_tokenizer = load_tokenizer(name)
         room = context_length(name) - args.max_new_tokens
         chosen = torch.randperm(len(train_rows))[:args.bias_prompts]
         prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in chosen],
-                                 args.data, room, args.max_tokens)
+                                 args.data, room, min(args.max_tokens or room, room))
     model = run.trainable(model)  # LoRA, FSDP
     longest = min(args.max_tokens or 2**31, context_length(args.model))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, args.margin_column)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -147,7 +148,7 @@ def cli(main, Args, description: str):
     """Parses the command line and runs main. A user's mistake ends in one line and code 2."""
     Args.__dataclass_fields__ = {  # --help lists the script's own flags first
         name: Args.__dataclass_fields__[name] for cls in Args.__mro__
-        for name in cls.__dict__.get("__annotations__", {})}
+        for name in inspect.get_annotations(cls)}
     if {"-h", "--help"} & set(sys.argv):
         print(description)
     try:
@@ -159,14 +160,14 @@ def cli(main, Args, description: str):
     except KeyboardInterrupt:  # before the first step, or the second one
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except (UserError, RuntimeError, MemoryError) as error:
+    except (UserError, PermissionError, RuntimeError, MemoryError) as error:
         hint = "".join(hint for words, hint in HINTS.items() if re.search(words, repr(error)))
-        if not (isinstance(error, UserError) or hint):
+        if not (isinstance(error, (UserError, PermissionError)) or hint):
             raise
         if rank() > 0:
             time.sleep(3)  # the first process says the same, unless this one fails alone
-        print(f"error: {error if isinstance(error, UserError) else first_line(error)[:100]}"
-              f"{hint}", file=sys.stderr)
+        line = str(error) if isinstance(error, UserError) else first_line(error)[:100]
+        print(f"error: {line}{hint}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -408,8 +409,8 @@ class Run:
         prompt, answers = row.get("prompt_ids", []), ("chosen_ids", "rejected_ids")
         texts = [prompt + row[side] for side in answers if side in row] or [prompt]
         with self.autocast():
-            return all(model(input_ids=torch.tensor([ids], device=self.device)
-                             ).logits.isfinite().all() for ids in texts)
+            return all([model(input_ids=torch.tensor([ids], device=self.device)
+                              ).logits.isfinite().all() for ids in texts])
 
     # --- steps
 
@@ -625,7 +626,8 @@ class Run:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of the complete checkpoints, the newest last."""
         return sorted((int(folder.name.rpartition("-")[2]), folder)
-                      for folder in self.dir.glob("checkpoint-*") if folder.suffix != ".part")
+                      for folder in self.dir.glob("checkpoint-*")
+                      if re.fullmatch(r"checkpoint-\d+", folder.name))
 
     def _tensors(self) -> dict:
         """Weights and AdamW moments by name; the moments are zero before the first update."""
