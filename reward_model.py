@@ -222,7 +222,7 @@ def main(args: Args):
         raise UserError(f"--eval-by {args.eval_by}: no held-out pair has that column")
     model = load_scorer(args.model, tokenizer, run.device)
     reference = None
-    if args.bias_prompts and args.reference != "none":
+    if args.bias_prompts:
         name = args.reference or args.model
         try:
             reference = load_causal_lm(name, run.device)

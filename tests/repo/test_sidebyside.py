@@ -29,7 +29,7 @@ def without_default(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize("script", ["ppo.py", "reinforce.py"])
 def test_shared_sections_are_the_same_to_the_letter(script):
     ours, others = sections(read("grpo.py")), sections(read(script))
-    assert list(ours) == list(others)  # in the same order
+    assert list(ours) == [name for name in others if name != "the critic"]  # in the same order
     assert {"generate", "setup", "steps", "1. generate a group of completions for each prompt", "2. score them",
             "6. log, evaluate, save"} <= set(ours) - OF_THE_ALGORITHM
     for name in set(ours) - OF_THE_ALGORITHM:

@@ -1,0 +1,295 @@
+"""Runs that were stopped, and go on: Ctrl-C, a kill, a full disk, numbers that are not finite."""
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import common
+import runtime
+from helpers.runs import (ENV, ON_POLICY, ROOT, SCRIPTS, checkpoints, command, fails, last_checkpoint, process, read,
+                          rows_of_data, run, same_tensors, small_flags, without_times, write)
+
+LONGER = {  # five steps for the on-policy scripts; six for the others, the last with one pair
+    "grpo": dict(steps=5, eval_every=2, save_every=2, minibatches=2),
+    "ppo": dict(steps=5, eval_every=2, save_every=2, kl_target=0.5),
+    "reinforce": dict(steps=5, eval_every=2, save_every=2, baseline="moving"),
+    "dpo": dict(pairs_per_step=3, eval_every=2, save_every=2),
+    "reward_model": dict(pairs_per_step=3, eval_every=2, save_every=2)}
+
+
+def digests(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def ctrl_c_in_step_3(monkeypatch):
+    """Ctrl-C right after the checkpoint of step 2: step 3 is then the last."""
+    save = runtime.Run.save
+
+    def save_and_stop(self, step):
+        save(self, step)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(runtime.Run, "save", save_and_stop)
+    yield lambda: monkeypatch.setattr(runtime.Run, "save", save)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_stopped_run_ends_as_one_that_was_not(name, tmp_path, ctrl_c_in_step_3, capsys):
+    """With the same weights, bit for bit, and the same metrics and samples; half a line and half a checkpoint, as a
+    kill would leave them, do no harm. Resumed once more, it says that it is finished, and changes nothing."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    run(name, folder, **LONGER[name])
+    assert f"stopped after step 3; to continue: --resume {folder}\n" in capsys.readouterr().out
+    assert checkpoints(folder) == ["checkpoint-3"]  # --keep-checkpoints 1
+    ctrl_c_in_step_3()
+    run(name, whole, **LONGER[name])
+
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4, "loss": 1.0}) + '\n{"step": 5, "lo')
+    shutil.copytree(folder / "checkpoint-3", folder / "checkpoint-4.part")
+    (folder / "checkpoint-4.part/resume/state.json").write_text("{")
+    command(name, resume=folder)
+    assert same_tensors(last_checkpoint(folder), last_checkpoint(whole))
+    bias = [json.loads((last_checkpoint(f) / "config.json").read_text()).get("reward_bias") for f in (whole, folder)]
+    assert bias[0] == bias[1] and (bias[0] is not None) == (name == "reward_model")
+    log, expected = (without_times(read(f / "metrics.jsonl")) for f in (folder, whole))
+    assert [row for row in log if "loss" in row or row["step"] != 3] == expected  # it evaluated where it stopped
+    if name != "reward_model":
+        samples = [row for row in read(folder / "samples.jsonl") if row["step"] != 3]
+        assert samples == read(whole / "samples.jsonl")
+        assert read(folder / "baseline.jsonl") == read(whole / "baseline.jsonl")
+    assert not list(folder.glob("*.part")) and checkpoints(folder) == checkpoints(whole)
+
+    before = digests(folder)
+    capsys.readouterr()
+    command(name, resume=folder)
+    out = capsys.readouterr().out
+    assert f"{folder} is finished: " in out and "step  " not in out
+    assert digests(folder) == before
+
+
+def test_a_notebook_resumes_a_run_that_it_has_made(tmp_path):
+    """In the same process, where the first run's objects may still be alive."""
+    main, Args, folder = SCRIPTS["grpo"].main, SCRIPTS["grpo"].Args, tmp_path / "run"
+    flags = small_flags("grpo", folder, eval_prompts=0)
+    main(Args(**flags))
+    main(Args(**flags | dict(steps=3, run_dir="", resume=str(folder))))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name, more, last", [("grpo", dict(steps=5), 5), ("dpo", dict(epochs=2), 8)])
+def test_a_finished_run_goes_on_with_more_steps(name, more, last, tmp_path):
+    """Flags given with --resume count; the others are the run's own, and a next --resume has them all."""
+    changes = dict(lr_schedule="constant_with_warmup", eval_prompts=0)
+    changes |= dict(pairs_per_step=4) if name == "dpo" else {}  # four whole steps per pass
+    run(name, tmp_path / "run", **changes)
+    command(name, resume=tmp_path / "run", save_every=1, keep_checkpoints=3, **more)
+    run(name, tmp_path / "whole", **changes | more)
+    flags = json.loads((tmp_path / "run/args.json").read_text())
+    assert flags | more | dict(save_every=1, keep_checkpoints=3, resume="") == flags
+    assert checkpoints(tmp_path / "run") == [f"checkpoint-{step}" for step in (last - 2, last - 1, last)]
+    assert same_tensors(tmp_path / f"run/checkpoint-{last}", tmp_path / f"whole/checkpoint-{last}")
+
+
+# --- other processes, signals and threads
+
+@pytest.mark.parametrize("threads", ["2", None], ids=["two threads", "default threads"])
+def test_the_same_command_gives_the_same_weights_also_if_it_was_killed(threads, tmp_path):
+    """Bit for bit, with several threads, and in default folders of another working folder. With two threads, the second
+    run is killed after its first checkpoint, and resumed."""
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
+    argv = [sys.executable, ROOT / "grpo.py", "--steps", "3", "--save-every", "1", "--keep-checkpoints", "3",
+            "--data", rows_of_data("grpo", tmp_path), "--prompts-per-step", "8", "--group-size", "8",
+            "--max-new-tokens", "16", "--eval-prompts", "0", "--device", "cpu"]
+    process(*argv, cwd=tmp_path, OMP_NUM_THREADS=threads)
+    (whole,) = (tmp_path / "runs").iterdir()
+    if threads is None:
+        process(*argv, cwd=tmp_path, OMP_NUM_THREADS=threads)
+        (folder,) = set((tmp_path / "runs").iterdir()) - {whole}
+    else:
+        killed = subprocess.Popen([str(x) for x in argv], cwd=tmp_path, env=ENV | {"OMP_NUM_THREADS": threads},
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (found := [path for path in (tmp_path / "runs").glob("*/checkpoint-1") if path.parent != whole]):
+            assert killed.poll() is None, "it ended before its first checkpoint"
+            time.sleep(0.02)
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+        folder = found[0].parent
+        assert not (folder / "checkpoint-3").exists()
+        process(*argv[:2], "--resume", folder.relative_to(tmp_path), cwd=tmp_path, OMP_NUM_THREADS=threads)
+    assert all(same_tensors(folder / f"checkpoint-{step}", whole / f"checkpoint-{step}") for step in (1, 2, 3))
+    assert without_times(read(folder / "metrics.jsonl")) == without_times(read(whole / "metrics.jsonl"))
+    assert sorted((tmp_path / "runs").iterdir()) == sorted([whole, folder])
+
+
+SLOW = """
+import time
+calls = []
+def slow(completions, **columns):
+    calls.append(completions)
+    if len(calls) == 3:
+        print("slow", flush=True)
+        time.sleep(60)
+    return [0.0] * len(completions)
+"""
+
+
+def test_ctrl_c_finishes_the_step_and_a_second_one_stops_at_once(tmp_path):
+    """The reward takes a minute in the third step; nothing of that step is left."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    folder = tmp_path / "run"
+    flags = small_flags("grpo", folder, steps=50, eval_prompts=0, save_every=1, gold="",
+                        reward=f"{tmp_path}/slow.py:slow")
+    argv = [sys.executable, "grpo.py", *(str(x) for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", v))]
+
+    def started(*argv):
+        return subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = started(*argv)
+    next(line for line in first.stdout if line.startswith("slow"))
+    first.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert first.poll() is None  # it goes on with its step
+    first.send_signal(signal.SIGINT)
+    out, error = first.communicate(timeout=30)
+    assert first.returncode == 130 and "stopped by Ctrl-C" in error and "Traceback" not in error
+    assert checkpoints(folder) == ["checkpoint-2"] and read(folder / "metrics.jsonl")[-1]["step"] == 2
+
+    second = started(*argv[:2], "--resume", str(folder), "--reward", "tiny/reward_model")
+    next(line for line in second.stdout if line.startswith("step"))
+    second.send_signal(signal.SIGINT)
+    out, error = second.communicate(timeout=60)
+    last = read(folder / "metrics.jsonl")[-1]["step"]
+    assert second.returncode == 0 and 2 < last < 50 and "Traceback" not in error
+    assert f"stopped after step {last}; to continue: --resume {folder}" in out
+    assert checkpoints(folder) == [f"checkpoint-{last}"]
+
+
+def test_two_processes_never_write_to_one_run(tmp_path, capsys):
+    run("grpo", tmp_path / "run", steps=1, eval_prompts=0)
+    with open(tmp_path / "run/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = digests(tmp_path)
+        error = fails(capsys, "grpo", resume=tmp_path / "run", steps=2)
+    assert error == f"--resume {tmp_path}/run: another process is writing to this run" and digests(tmp_path) == before
+
+
+# --- disks
+
+@pytest.mark.parametrize("name", ["grpo", "reward_model"])
+def test_a_checkpoint_has_its_name_only_when_it_is_complete(name, tmp_path, monkeypatch):
+    """A kill during a save then leaves the one before it, and nothing that could be taken for another."""
+    seen = []
+
+    def watch(owner, function):
+        original = getattr(owner, function)
+
+        def call(*args, **options):
+            result = original(*args, **options)
+            if (tmp_path / "run").is_dir():
+                seen.append([name for name in checkpoints(tmp_path / "run") if not name.endswith(".part")])
+            return result
+        monkeypatch.setattr(owner, function, call)
+    watch(runtime.dcp, "save")  # the first part of a checkpoint
+    watch(type(common.load_tokenizer("tiny/policy")), "save_pretrained")  # one of the last
+    changes = dict(steps=5) if name == "grpo" else dict(pairs_per_step=3)
+    run(name, tmp_path / "run", save_every=2, eval_every=0, **changes)
+    last = [["checkpoint-4"]] * 2
+    assert seen == [[], [], ["checkpoint-2"], ["checkpoint-2"], *last]  # saves of steps 2, 4, and the last
+
+
+@pytest.mark.parametrize("name", ["grpo", "reward_model"])
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(name, tmp_path, monkeypatch, capsys):
+    save = runtime.dcp.save
+
+    def full(tensors, checkpoint_id, **options):
+        save(tensors, checkpoint_id=checkpoint_id, **options)
+        if "checkpoint-4" in str(checkpoint_id):
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(runtime.dcp, "save", full)
+    folder = tmp_path / "run"
+    flags = small_flags(name, folder, **LONGER[name])
+    error = fails(capsys, name, **flags)
+    assert error.startswith(f"{folder}/checkpoint-4: not written: [Errno 28] No space left")
+    assert checkpoints(folder) == ["checkpoint-2"]
+    monkeypatch.setattr(runtime.dcp, "save", save)
+    command(name, resume=folder)
+    assert checkpoints(folder) == [f"checkpoint-{5 if name == 'grpo' else 6}"]
+
+
+def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    error = fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run"))
+    assert "has 0.0 GiB free" in error and "--keep-checkpoints" in error
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+# --- numbers that are not finite
+
+NORMS = {"grpo": 2, "ppo": 4}  # gradients per step: two updates, of one model or two
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_gradient_that_is_not_finite_stops_before_the_update(name, tmp_path, monkeypatch, capsys):
+    """In step 3; the checkpoint of step 2 is what remains."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def spoil(*args):
+        calls.append(args)
+        return clip(*args) * (float("nan") if len(calls) > 2 * NORMS.get(name, 1) else 1)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
+    error = fails(capsys, name, **small_flags(name, tmp_path / "run", **LONGER[name] | dict(eval_every=0)))
+    assert error.startswith("step 3: the gradient is not finite") and "outputs: none. Lower --lr" in error
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
+    assert max(row["step"] for row in read(tmp_path / "run/metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_row_to_blame_is_found(name, tmp_path, monkeypatch, capsys):
+    """In training, the embedding of a word is nan: the one prompt that has it is named."""
+    rows = [{"prompt": f"what is green and {color} ?", "chosen": "yes .", "rejected": "no ."}
+            for color in ("white", "brown", "red", "black", "green")]  # the last one is held out
+    word = common.load_tokenizer("tiny/policy").convert_tokens_to_ids("brown")
+    loader = "load_scorer" if name == "reward_model" else "load_causal_lm"
+    load = getattr(SCRIPTS[name], loader)
+
+    def spoil(embeddings, args, output):
+        return torch.where(embeddings.training & (args[0] == word)[..., None], float("nan"), output)
+
+    def spoiled(*args):
+        model = load(*args)
+        model.get_input_embeddings().register_forward_hook(spoil)
+        return model
+    monkeypatch.setattr(SCRIPTS[name], loader, spoiled)
+    flags = dict(prompts_per_step=4, eval_prompts=1) if name in ON_POLICY else dict(pairs_per_step=4, eval_pairs=1)
+    flags |= dict(bias_prompts=0) if name == "reward_model" else dict(gold="")
+    flags |= dict(sample_data="") if name == "dpo" else {}
+    flags |= dict(data=write(tmp_path / "rows.jsonl", *rows))
+    error = fails(capsys, name, **small_flags(name, tmp_path / "run", **flags))
+    assert error.startswith("step 1: the gradient is not finite") and "'what is green and brown ?'" in error
+    assert error.count("what is") == 1
+
+
+def test_a_reward_model_that_is_not_finite_is_named(tmp_path, capsys):
+    shutil.copytree("tiny/reward_model", tmp_path / "rm")
+    weights = load_file(tmp_path / "rm/model.safetensors")
+    weights["score.weight"] = weights["score.weight"] * float("nan")
+    save_file(weights, tmp_path / "rm/model.safetensors", metadata={"format": "pt"})
+    error = fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run", reward=str(tmp_path / "rm")))
+    assert error.startswith(f"{tmp_path}/rm: its score is not finite for the conversation that ends")
+
+
+def test_weights_that_are_not_finite_end_the_run_in_one_line(tmp_path, capsys):
+    run("grpo", tmp_path / "run", steps=1, eval_prompts=0)
+    error = fails(capsys, "grpo", resume=tmp_path / "run", steps=4, lr=1e38, lr_schedule="constant_with_warmup")
+    assert "not finite" in error
