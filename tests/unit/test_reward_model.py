@@ -137,7 +137,7 @@ def test_a_cut_takes_the_same_beginning_from_both(tokenizer):
 def test_the_margin_is_a_column(tokenizer):
     rows = [{**row, "gap": i / 2} for i, row in enumerate(PAIRS[:3])]
     assert [pair["margin_of_pair"] for pair in encode_pairs(tokenizer, rows, "rows", 192, "gap")] == [0, 0.5, 1]
-    assert [pair["margin"] for pair in encode_pairs(tokenizer, rows, "rows", 192, "")] == [0, 0, 0]
+    assert [pair["margin_of_pair"] for pair in encode_pairs(tokenizer, rows, "rows", 192, "")] == [0, 0, 0]
     for bad in (None, "1"):
         rows[1]["gap"] = bad
         refuses(lambda: encode_pairs(tokenizer, rows, "rows", 192, "gap"),
