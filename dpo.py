@@ -43,7 +43,7 @@ from common import (UserError, completion_logprobs, context_length, encode, enco
                     read_prompts, render)
 from evaluation import Evaluator, sample_with_generate
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, SampleArgs,
-                     Smoothing, all_sum, cli, global_means, reference_mode)
+                     Smoothing, all_sum, cli, gather_objects, global_means, reference_mode)
 
 
 @dataclass
@@ -134,13 +134,26 @@ def pair_logprobs(model, pairs: list[dict], device):
     return logprobs.sum(1).chunk(2)
 
 
-def pair_losses(policy, reference, pairs: list[dict], run: Run) -> dict:
+@torch.no_grad()
+def add_reference_logprobs(reference, rows: list[dict], run: Run):
+    """Adds `ref_logprobs`, pair_logprobs under the reference, to each row, once for all."""
+    share = run.share(rows)
+    logprobs = torch.zeros(len(share), 2)
+    with run.autocast(), reference_mode(reference):
+        for group in run.micro_batches(torch.tensor([pair_length(row) for row in share])):
+            sides = pair_logprobs(reference, [share[i] for i in group], run.device)
+            logprobs[group] = torch.stack(sides, 1).cpu()
+    for row, both in zip(rows, gather_objects(logprobs.tolist())):
+        row["ref_logprobs"] = both
+
+
+def pair_losses(policy, pairs: list[dict], run: Run) -> dict:
     """The loss of each pair, with its gradient, and metrics without: (B,) each."""
     args = run.args
     with run.autocast():
         chosen, rejected = pair_logprobs(policy, pairs, run.device)
-        with torch.no_grad(), reference_mode(reference):
-            ref_chosen, ref_rejected = pair_logprobs(reference, pairs, run.device)
+    ref_logprobs = torch.tensor([pair["ref_logprobs"] for pair in pairs], device=run.device)
+    ref_chosen, ref_rejected = ref_logprobs.unbind(1)
     n_chosen = torch.tensor([len(pair["chosen_ids"]) for pair in pairs], device=run.device)
     n_rejected = torch.tensor([len(pair["rejected_ids"]) for pair in pairs], device=run.device)
     metrics = {"logprob_chosen": chosen.detach(), "logprob_rejected": rejected.detach()}
@@ -200,10 +213,13 @@ def end_once(answer: list[int], eos_ids: list[int], eos_id: int) -> list[int]:
     return answer[:n] if n else answer + [eos_id]
 
 
+def answer_length(pair: dict) -> int:
+    return max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+
+
 def pair_length(pair: dict) -> int:
     """Tokens of a pair in a micro-batch, with padding."""
-    longer = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
-    return 2 * (len(pair["prompt_ids"]) + longer)
+    return 2 * (len(pair["prompt_ids"]) + answer_length(pair))
 
 
 # --- evaluation
@@ -218,13 +234,13 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator):
 
 
 @torch.no_grad()
-def evaluate_pairs(policy, reference, rows: list[dict], run: Run) -> dict:
+def evaluate_pairs(policy, rows: list[dict], run: Run) -> dict:
     """Means of pair_losses over held-out pairs."""
     policy.eval()
     rows = run.share(rows)
     metrics = {}  # name: (rows,)
     for group in run.micro_batches(torch.tensor([pair_length(row) for row in rows])):
-        losses = pair_losses(policy, reference, [rows[i] for i in group], run)
+        losses = pair_losses(policy, [rows[i] for i in group], run)
         for name, values in losses.items():
             metrics.setdefault(name, torch.zeros(len(rows), device=run.device))[group] = values
     return global_means([metrics])
@@ -252,22 +268,25 @@ def main(args: Args):
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup, run.steps)
     evaluate = Evaluator(run, prompts, None, sample, tokenizer)
 
+    for rows in [eval_rows] + [train_rows] * (args.epochs > 0):
+        add_reference_logprobs(reference, rows, run)
+
     # --- steps
     first_step = run.resume(tokenizer, policy=(policy, optimizer, scheduler))
     if first_step == 1:
-        evaluate(0, policy, reference, evaluate_pairs(policy, reference, eval_rows, run))
+        evaluate(0, policy, reference, evaluate_pairs(policy, eval_rows, run))
 
     for step in range(first_step, run.steps + 1):
         # 1. take some pairs
         run.phase("update")
-        pairs = run.batch(train_rows, step, args.pairs_per_step, args.epochs, pair_length)
+        pairs = run.batch(train_rows, step, args.pairs_per_step, args.epochs, answer_length)
         n_pairs = all_sum(torch.tensor(len(pairs), device=run.device))
 
         # 2. update
         policy.train()
         lr, metrics = scheduler.get_last_lr()[0], []
         for rows in run.micro_batches(torch.tensor([pair_length(pair) for pair in pairs])):
-            losses = pair_losses(policy, reference, [pairs[i] for i in rows], run)
+            losses = pair_losses(policy, [pairs[i] for i in rows], run)
             (losses["loss"].sum() / n_pairs).backward()
             metrics.append({name: values.detach() for name, values in losses.items()})
         grad_norm = run.clip_grad_norm(policy)
@@ -278,8 +297,7 @@ def main(args: Args):
         # 3. log, evaluate, save
         run.log(step, {**global_means(metrics), "grad_norm": grad_norm, "lr": lr})
         if run.due(args.eval_every, step):
-            metrics = evaluate_pairs(policy, reference, eval_rows, run)
-            evaluate(step, policy, reference, metrics)
+            evaluate(step, policy, reference, evaluate_pairs(policy, eval_rows, run))
         if run.due(args.save_every, step):
             run.save(step)
         if run.stopped:  # Ctrl-C

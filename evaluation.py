@@ -68,8 +68,9 @@ class Evaluator:
         run.write("samples.jsonl", rows)
         if run.rank == 0:
             for row in rows[:4 * n:n]:
-                print(f"      {row.get('reward', row.get('gold', math.nan)):6.2f}  "
-                      f"{shorten(row['prompt'], 40)} -> {shorten(row['completion'], 80)}")
+                score = row.get("reward", row.get("gold"))
+                print("      " + (f"{score:6.2f}  " if score is not None else "")
+                      + f"{shorten(row['prompt'], 40)} -> {shorten(row['completion'], 80)}")
 
     def samples(self, model, reference=None) -> list[dict]:
         """A row for each completion of each held-out prompt; every process does its share."""

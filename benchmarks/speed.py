@@ -155,6 +155,8 @@ def run_children(commands: list[list[str]], folders: list[Path], **environment: 
                 continue
             out.seek(0), err.seek(0)
             if status:
+                for process in (alive[k] for k in alive if k not in found and k != i):
+                    process.kill()
                 sys.exit(f"{' '.join(command)} failed:\n{err.read()[-2000:]}")
             found[i] = out.read(), usage.ru_maxrss / 1024
     return [found[i] for i in range(len(commands))]
@@ -179,7 +181,7 @@ def flags_of(args: Args, name: str, model: str, folder: str, first_edition: bool
         flags |= {"--steps": args.steps, "--prompts-per-step": prompts, "--group-size": group_size,
                   "--max-new-tokens": args.max_new_tokens, "--reward": reward_of(args), "--data": args.data,
                   "--prompt-column": args.prompt_column}
-        flags |= {} if first_edition else {"--eval-prompts": 0}
+        flags |= {"--eval-prompts": 1 if first_edition else 0}
     flags |= {"--epochs": 2, "--minibatches": 1} if name == "ppo" else {}
     return [str(x) for pair in flags.items() for x in pair]
 

@@ -213,18 +213,22 @@ PAIRS = [{"prompt": f"what is {a} and {b} ?", "chosen": f"{a} and {b} is {b} .",
 
 
 def test_the_reference_is_the_first_policy_throughout(tmp_path, monkeypatch):
-    """The held-out pairs have the same log-probs under it at the start and at the end; the policy has others."""
+    """It reads each pair once, before the policy does, which then has the same log-probs, and others at the end."""
     calls = spy(monkeypatch, dpo, "pair_logprobs")
     run("dpo", tmp_path / "run", eval_prompts=0, lr=1e-3, micro_batch_tokens=8192)
-    held_out = {}
+    models = [args[0] for args, _ in calls]
+    reference, policy, n = models[0], models[-1], models.index(models[-1])
+    assert policy not in models[:n] and reference not in models[n:]
+    seen = {reference: {}, policy: {}}
     for (model, pairs, _), (chosen, _) in calls:
         for pair, value in zip(pairs, chosen.tolist()):
-            held_out.setdefault((id(model), str(pair["prompt_ids"] + pair["chosen_ids"])), []).append(value)
-    policy, reference = calls[0][0][0], calls[1][0][0]
-    seen = {model: [values for (key, _), values in held_out.items() if key == id(model) and len(values) == 2]
-            for model in (policy, reference)}
-    assert len(seen[policy]) == len(seen[reference]) == 4  # the others are read once
-    assert all(abs(a - b) < 1e-3 for a, b in seen[reference]) and all(abs(a - b) > 1e-3 for a, b in seen[policy])
+            seen[model].setdefault(str(pair["prompt_ids"] + pair["chosen_ids"]), []).append(value)
+    assert seen[reference].keys() == seen[policy].keys()
+    assert all(len(values) == 1 for values in seen[reference].values())
+    held_out = {key: values for key, values in seen[policy].items() if len(values) == 2}
+    assert len(held_out) == 4  # the others are read once
+    for key, (first, last) in held_out.items():
+        assert abs(first - seen[reference][key][0]) < 1e-4 and abs(last - first) > 1e-3
 
 
 def test_the_margin_is_used(tmp_path):

@@ -216,7 +216,9 @@ def test_under_bfloat16_sums_are_float32(policy, pairs):
 # --- the loss of a step
 
 def losses(policy, reference, pairs, **flags):
-    return dpo.pair_losses(policy, reference, pairs, make_run(dpo.Args(device="cpu", **flags)))
+    run = make_run(dpo.Args(device="cpu", **flags))
+    dpo.add_reference_logprobs(reference, pairs, run)
+    return dpo.pair_losses(policy, pairs, run)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +298,8 @@ def test_held_out_pairs_are_averaged_over_rows(policy, other, pairs):
     expected = {name: values.mean().item() for name, values in losses(other, policy, pairs).items()}
     for tokens in (1, 120, 8192):
         run = make_run(dpo.Args(device="cpu", micro_batch_tokens=tokens))
-        found = dpo.evaluate_pairs(other.train(), policy, pairs, run)
+        dpo.add_reference_logprobs(policy, pairs, run)
+        found = dpo.evaluate_pairs(other.train(), pairs, run)
         assert not other.training and found.keys() == expected.keys()
         for name in found:
             assert found[name].item() == pytest.approx(expected[name], abs=1e-3) and not found[name].requires_grad
