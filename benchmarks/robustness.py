@@ -56,7 +56,7 @@ class Args:
 def start(name: str, folder: Path, *flags) -> subprocess.Popen:
     with open(folder / f"{time.time_ns()}.err", "w") as err:
         process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *flags], cwd=ROOT, stderr=err,
-                                   stdout=subprocess.DEVNULL, start_new_session=True,
+                                   stdout=subprocess.DEVNULL,
                                    env={"OMP_WAIT_POLICY": "passive", **os.environ})  # for several runs at a time
     process.err = Path(err.name)
     return process
@@ -110,7 +110,7 @@ def kill_one(name: str, number: int, seed: int, folder: Path, expected: dict) ->
     saving = [path.name for path in run.glob("*.part")]
     if process.poll() is not None:
         raise RuntimeError(f"{name}: ended before the kill: {process.err.read_text()}")
-    os.killpg(process.pid, 9)
+    process.kill()
     process.wait()
     reached, kept = last_step(run), newest(run)[0]
     finish(start(name, folder, "--resume", run))

@@ -19,10 +19,10 @@ tiny world only).
 
 The sides take turns: a round runs --steps steps of each, every run in a process of its own; with --repo the two
 versions alternate after each step. The first two steps are warm-up. dpo and reward_model have shorter steps and run
-five times as many. A step lasts from one optimizer step to the next, so it includes logging. Printed are the median and the
-minimum over rounds of the mean seconds per step, the time by phase, the peak memory of the process, and how far a step
-is from what the machine can do: the update from the measured peak of matrix products, decoding from reading the weights
-once per token at the measured bandwidth.
+five times as many. A step lasts from one optimizer step to the next, so it includes logging. Printed are the median and
+the minimum over rounds of the mean seconds per step, the time by phase, the peak memory of the process, and how far a
+step is from what the machine can do: the update from the measured peak of matrix products, decoding from reading the
+weights once per token at the measured bandwidth.
 
 --cpu-time counts CPU time on one thread instead of wall-clock time. Use it on a machine that others use as well.
 
@@ -30,7 +30,7 @@ once per token at the measured bandwidth.
   ours        the loop of grpo.py, ppo.py and reinforce.py: prompts are read once per group, finished rows dropped
   generate    model.generate
   static      model.generate with a static cache: compiled, with CUDA graphs on a GPU
-  continuous  model.generate_batch: paged cache, shared prefixes, finished rows replaced
+  continuous  model.generate_batch: paged cache, shared prefixes, finished rows replaced; on a CPU it needs psutil
 The first round is warm-up, which includes compilation, and is reported apart. Decoding greedily, all ways must give the
 same tokens. The number of rows that differ is printed: in bfloat16 a tie can go either way.
 """
