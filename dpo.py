@@ -136,11 +136,13 @@ def pair_logprobs(model, pairs: list[dict], device):
 
 @torch.no_grad()
 def add_reference_logprobs(reference, rows: list[dict], run: Run):
-    """Adds `ref_logprobs`, pair_logprobs under the reference, to each row, once for all."""
+    """Adds `ref_logprobs`, pair_logprobs under the reference, to each row, once for all. They
+    are 0 with simpo, whose implicit reward has no reference."""
     share = run.share(rows)
     logprobs = torch.zeros(len(share), 2)
+    groups = run.micro_batches(torch.tensor([pair_length(row) for row in share]))
     with run.autocast(), reference_mode(reference):
-        for group in run.micro_batches(torch.tensor([pair_length(row) for row in share])):
+        for group in groups if run.args.loss_type != "simpo" else ():
             sides = pair_logprobs(reference, [share[i] for i in group], run.device)
             logprobs[group] = torch.stack(sides, 1).cpu()
     for row, both in zip(rows, gather_objects(logprobs.tolist())):
@@ -161,8 +163,6 @@ def pair_losses(policy, pairs: list[dict], run: Run) -> dict:
     if args.length_normalize or args.loss_type == "simpo":
         chosen, ref_chosen = chosen / n_chosen, ref_chosen / n_chosen
         rejected, ref_rejected = rejected / n_rejected, ref_rejected / n_rejected
-    if args.loss_type == "simpo":  # its implicit reward has no reference
-        ref_chosen = ref_rejected = torch.zeros_like(chosen)
     loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta, args.loss_type,
                     args.label_smoothing, args.robust, args.beta * args.simpo_margin)
     reward_chosen = args.beta * (chosen - ref_chosen).detach()

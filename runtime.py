@@ -140,8 +140,9 @@ class OnPolicyArgs(SampleArgs):
             self.eval_data = self.eval_data or "tiny/heldout.jsonl"
             self.gold = self.gold or "tiny/world.py:gold_reward"
         super().__post_init__()
-        if self.minibatches > self.prompts_per_step * self.group_size:
-            raise UserError("--minibatches: more than there are completions in a step")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.minibatches * processes > self.prompts_per_step * self.group_size:
+            raise UserError("--minibatches: more than a process has completions in a step")
 
 
 def cli(main, Args, description: str):
@@ -152,11 +153,12 @@ def cli(main, Args, description: str):
     if {"-h", "--help"} & set(sys.argv):
         print(description)
     try:
-        args = tyro.cli(Args, description="")
-        if getattr(args, "resume", ""):  # the flags of that run, except for those given now
-            flags = saved_flags(Path(args.resume), Args) | {"resume": args.resume}
-            args = tyro.cli(Args, description="", default=Args(**flags))
-        main(args)
+        resume = re.search("\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))
+        if resume and hasattr(Args, "resume"):  # that run's flags, except for those given now
+            flags = saved_flags(Path(resume[1]), Args) | {"resume": resume[1]}
+            main(tyro.cli(Args, description="", default=Args(**flags)))
+        else:
+            main(tyro.cli(Args, description=""))
     except KeyboardInterrupt:  # before the first step, or the second one
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -279,7 +281,7 @@ class Run:
             torch.zeros(1, device=self.device)
         except Exception as error:
             raise UserError(f"--device {name}: {first_line(error)}")
-        if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -287,6 +289,10 @@ class Run:
                 sys.stdout = open(os.devnull, "w")
         self.rank = rank()
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        for name in ("prompts_per_step", "pairs_per_step"):
+            if getattr(self.args, name, 0) % self.world_size:
+                raise UserError(f"--{name.replace('_', '-')}: must be divisible by the "
+                                f"{self.world_size} processes")
 
     # --- models and memory
 
@@ -417,9 +423,6 @@ class Run:
     def batch(self, rows: list, step: int, size: int, passes: float = math.inf, length=None):
         """This process's share of the rows of a step. Each pass over the data has a new order;
         with length (a function of a row), rows of similar length are batched together."""
-        if size % self.world_size:
-            raise UserError(f"{size} prompts or pairs per step cannot be shared equally by "
-                            f"{self.world_size} processes")
         self.step, n = step, len(rows)
         end = min(step * size, passes * n)
         end += -end % self.world_size  # in the last step, too, each process has as many

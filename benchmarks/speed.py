@@ -283,7 +283,7 @@ def trl_child(args: Args):
             if name == "dpo":
                 from trl import DPOConfig, DPOTrainer
                 trainer = DPOTrainer(model=args.model, train_dataset=data, callbacks=[times], args=DPOConfig(
-                    per_device_train_batch_size=32, **shared, **sized))
+                    per_device_train_batch_size=32, precompute_ref_log_probs=True, **shared, **sized))
             else:
                 from trl import RewardConfig, RewardTrainer
                 trainer = RewardTrainer(model=args.model, train_dataset=data, callbacks=[times], args=RewardConfig(

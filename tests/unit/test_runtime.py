@@ -19,7 +19,7 @@ import reinforce
 import reward_model
 import runtime
 from helpers.unit import V, llama, make_run, nan, refuses
-from runtime import RunArgs, cli
+from runtime import Run, RunArgs, cli
 
 SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce, "dpo": dpo, "reward_model": reward_model}
 ON_POLICY = ["grpo", "ppo", "reinforce"]
@@ -245,8 +245,11 @@ def test_rows_of_similar_length_are_batched_together():
     assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
-def test_a_step_that_cannot_be_shared_equally_is_refused():
-    refuses(lambda: run_of(0, 3).batch(list(range(9)), 1, 4), "4 ", "3 processes")
+def test_a_step_that_cannot_be_shared_equally_is_refused(monkeypatch):
+    for name, value in {"is_initialized": True, "get_rank": 0, "get_world_size": 3}.items():
+        monkeypatch.setattr(runtime.dist, name, lambda value=value: value)
+    refuses(lambda: Run(grpo.Args(device="cpu", prompts_per_step=4), "unit.py"), "--prompts-per-step", "3 processes")
+    refuses(lambda: Run(dpo.Args(device="cpu", pairs_per_step=32), "unit.py"), "--pairs-per-step", "3 processes")
 
 
 @settings(max_examples=40, deadline=None)
