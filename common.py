@@ -3,6 +3,7 @@ reward model.
 
 Shapes: B completions, P prompt tokens (left-padded), T completion tokens (right-padded).
 """
+import asyncio
 import gzip
 import importlib.util
 import inspect
@@ -12,6 +13,7 @@ import re
 import sys
 import traceback
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, DynamicCache)
+                          AutoTokenizer, DynamicCache, PreTrainedModel)
 
 
 class UserError(Exception):
@@ -147,15 +149,21 @@ def split_pair(where: str, chosen, rejected) -> tuple:
 # --- tokenization
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model folder or hub id; without a pad token it pads with the end of
-    sequence, since masks tell what is padding."""
-    check_model(name)
+    """The tokenizer of a model folder or hub id. It needs no pad token: masks tell what is
+    padding."""
+    vocab_size = load_config(name).get_text_config().vocab_size
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UserError(f"{name}: no tokenizer loads from it: {first_line(error)}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.embedded = vocab_size  # how many tokens the model embeds; encode compares
     return tokenizer
+
+
+def same_tokens(tokenizer, other) -> bool:
+    """Whether another tokenizer has the same ids, but for padding and tokens of its own."""
+    pad = {(tokenizer.pad_token, tokenizer.pad_token_id)}
+    return tokenizer.get_vocab().items() - pad <= other.get_vocab().items()
 
 
 def as_messages(prompt) -> list[dict]:
@@ -187,16 +195,41 @@ def render(tokenizer, prompt, completion: str | None = None) -> str:
     if completion is not None:
         messages = messages + [{"role": "assistant", "content": completion.strip()}]
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=completion is None)
     except Exception as error:  # templates raise anything, as on roles that do not alternate
         raise UserError(f"{tokenizer.name_or_path}: its chat template refuses the prompt "
                         f"{str(prompt)[:60]!r}: {first_line(error)}")
+    if completion and "".join(completion.split()) not in "".join(text.split()):
+        raise UserError(f"{tokenizer.name_or_path}: its chat template drops a part of the "
+                        f"answer {completion[:60]!r} (its reasoning?): remove that part from "
+                        "the data, or change chat_template.jinja to keep it")
+    return text
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of rendered conversations. A chat template has written the special tokens."""
-    return tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+    """Token ids of rendered conversations. A chat template has written the special tokens;
+    render has written the end of sequence, so what a tokenizer itself appends is removed."""
+    if tokenizer.chat_template is None:
+        rows = tokenizer(texts).input_ids
+        appended = tokenizer("").input_ids[-1:]
+        if appended == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
+            rows = [ids[:-1] for ids in rows]
+    else:
+        rows = tokenizer(texts, add_special_tokens=False).input_ids
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if largest >= getattr(tokenizer, "embedded", math.inf):
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has the token "
+                        f"{tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), but the "
+                        f"model embeds {tokenizer.embedded} tokens: call its "
+                        "resize_token_embeddings and train the new one first")
+    return rows
+
+
+def without_beginning(tokenizer, ids: list[int], n: int) -> list[int]:
+    """Token ids without the first n, but with a leading <s> or [CLS], where some models read."""
+    kept = ids[:1] if n and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
+    return kept + ids[n + len(kept):]
 
 
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict]]:
@@ -251,7 +284,7 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
 def eos_token_ids(model, tokenizer, device="cpu") -> torch.Tensor:
     """All tokens that end a completion: chat models have more than one."""
     ids = model.generation_config.eos_token_id or []
-    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None, -1}
     return torch.tensor(sorted(ids), dtype=torch.long, device=device)
 
 
@@ -281,9 +314,15 @@ class Rollout:
         self.lengths = self.prompt_mask.sum(1) + lengths  # (B,), prompt and completion
         last = self.completion_ids.gather(1, lengths[:, None] - 1)[:, 0]
         self.truncated = ~torch.isin(last, self.eos_ids)  # (B,), hit the length limit
-        self.texts = self.tokenizer.batch_decode(
-            [ids[m.bool()] for ids, m in zip(self.completion_ids, self.mask)],
-            skip_special_tokens=True)
+        ends = (lengths - (~self.truncated).long()).tolist()  # without the end of sequence
+        completions = [ids[:end] for ids, end in zip(self.completion_ids.tolist(), ends)]
+        self.texts = self.tokenizer.batch_decode(completions)
+        if self.tokenizer.chat_template is None:  # some decoders drop a text's first space
+            last = self.prompt_ids[:, -1:].tolist()
+            both = self.tokenizer.batch_decode([a + b for a, b in zip(last, completions)])
+            for i, (text, before) in enumerate(zip(both, self.tokenizer.batch_decode(last))):
+                if text.startswith(before):
+                    self.texts[i] = text[len(before):]
 
     def tokens(self, rows):
         """What completion_logprobs needs of some rows."""
@@ -319,16 +358,30 @@ def load_config(name: str, **changes):
     for key, value in vars(config).items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)  # eval() is not enough: checkpointing needs train()
+    text_config = config.get_text_config()
+    if (text_config.pad_token_id or 0) not in range(text_config.vocab_size):
+        text_config.pad_token_id = None  # no embedding can have it as its padding
     return config
 
 
 def context_length(name: str) -> float:
+    """How many tokens a model reads at most, by its config."""
+    config = load_config(name).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
+
+
+def max_positions(model) -> float:
     """How many tokens a model reads at most."""
-    return max_positions(load_config(name))
+    config = model.config.get_text_config()
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)  # RoBERTa counts from here: 514 hold 512
+        if name.endswith("position_embeddings") and first is not None:
+            return module.num_embeddings - first - 1
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
-def max_positions(config) -> float:
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+def embedding_rows(model) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def load_model(auto_class, name: str, device, **config_changes):
@@ -352,10 +405,11 @@ def load_model(auto_class, name: str, device, **config_changes):
             from peft import PeftModel
             model.resize_token_embeddings(vocab_size)
             model = PeftModel.from_pretrained(model, folder)
-            heads = model.peft_config["default"].modules_to_save or []
+            saved = model.peft_config["default"].modules_to_save or []
             model = model.merge_and_unload().requires_grad_(True)
-            missing = [key for key in missing if key.partition(".")[0] not in heads]
-            unexpected = [f"{head}.weight" for head in heads if not hasattr(model, head)]
+            missing = [key for key in missing if key.rpartition(".")[0] not in saved]
+            names = dict(model.named_modules())
+            unexpected = [f"{name}.weight" for name in saved if name not in names]
             model.name_or_path = folder  # what a next adapter names as its base
     except Exception as error:
         if adapters and isinstance(error, ImportError):
@@ -368,15 +422,44 @@ def load_model(auto_class, name: str, device, **config_changes):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # some heads have one that no config names
             module.p = 0.0
+    model.new_modules = sorted({key.rpartition(".")[0] for key in missing})
     return model.to(device), missing
 
 
 def load_causal_lm(name: str, device):
+    """A causal LM, whose forward pass was tried on a few tokens (check_forward)."""
     model, missing = load_model(AutoModelForCausalLM, name, device)
     if missing:
         raise UserError(f"{name}: not a causal LM: it has no weights for "
                         f"{', '.join(sorted(missing)[:3])}")
+    check_forward(model)
     return model
+
+
+def load_body(name: str, device):
+    """(body, head): what makes a model's last hidden states, and a linear head on them with
+    one output: a reward model's, or zeros."""
+    if "SequenceClassification" in str(load_config(name).architectures):
+        model, missing = load_model(AutoModelForSequenceClassification, name, device,
+                                    num_labels=1)
+        weight = model.score.weight.detach() * (not missing)  # (1, D)
+        bias = getattr(model.config, "reward_bias", 0.0)
+    else:
+        model = load_causal_lm(name, device)
+        weight, bias = torch.zeros_like(model.get_output_embeddings().weight[:1]), 0.0
+    head = torch.nn.Linear(weight.shape[1], 1, device=device, dtype=weight.dtype)
+    head.load_state_dict({"weight": weight, "bias": torch.tensor([bias])})
+    return body_of(model), head
+
+
+def body_of(model):
+    """A model without its head: what makes the last hidden states."""
+    parts = (part for part in model.children() if isinstance(part, PreTrainedModel))
+    return model.base_model if model.base_model is not model else next(parts, model)
+
+
+def embedding_rows(model) -> int:
+    return model.get_input_embeddings().weight.shape[0]
 
 
 def freeze(model, bf16: bool):
@@ -393,16 +476,13 @@ def freeze(model, bf16: bool):
 
 # --- log-prob helpers
 
-def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
+def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask, share: bool):
     """What a network (a model or its body) puts out before each completion token: (B, T, ·).
 
     prompt_ids, prompt_mask: (B, P); completion_ids, mask: (B, T). Positions are counted from a
-    row's first token, so that padding changes nothing. Rows with the same prompt share its
-    forward pass; their gradients add up through the cache.
+    row's first token, so that padding changes nothing. With share (see cache_works), rows with
+    the same prompt share its forward pass; their gradients add up through the cache.
     """
-    def positions(mask):
-        return (mask.cumsum(1) - 1).clamp(min=0)
-
     P, T = prompt_ids.shape[1], completion_ids.shape[1]
     ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]  # (B, P + T - 1)
     attention_mask = torch.cat([prompt_mask, mask], 1)[:, :-1]  # (B, P + T - 1)
@@ -411,12 +491,13 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
     checkpointing = network.training and any(  # it forbids a cache
         getattr(m, "gradient_checkpointing", False) for m in network.modules())
     # several processes must pass through their layers equally often, so they share nothing
-    if P == 1 or len(prompts) == len(ids) or checkpointing or dist.is_initialized():
+    if (not share or P == 1 or len(prompts) == len(ids) or checkpointing
+            or dist.is_initialized()):
         # move each row to the left: padding then comes last, where no token attends to it
         first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
         place = torch.arange(int(attention_mask.sum(1).max()), device=ids.device)[None]
         output = network(input_ids=ids.gather(1, (place + first).clamp(max=P + T - 2)),
-                         position_ids=place, use_cache=False)[0]  # (B, longest row, ·)
+                         use_cache=False)[0]  # (B, longest row, ·)
         before = torch.arange(P - 1, P + T - 1, device=ids.device) - first  # (B, T)
         return output[torch.arange(len(ids), device=ids.device)[:, None],
                       before.clamp(max=output.shape[1] - 1)]
@@ -428,6 +509,11 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
     return network(input_ids=ids[:, P - 1:], attention_mask=attention_mask, use_cache=True,
                    position_ids=positions(attention_mask)[:, P - 1:],
                    **cache_argument(network, cache))[0]
+
+
+def positions(mask):
+    """The place of each token in its row, (B, P), padding not counted."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def cache_argument(model, cache) -> dict:
@@ -456,7 +542,8 @@ def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temp
     in_completion = rows[-1].bool()
     tokens = rows[-2][in_completion]  # (N,), of all rows
     plain = has_plain_head(model)
-    hidden = completion_outputs(model.base_model if plain else model, *rows)  # (B, T, D)
+    hidden = completion_outputs(body_of(model) if plain else model, *rows,
+                                share=cache_works(model))  # (B, T, D)
     hidden = hidden[in_completion]  # (N, D)
     head = model.get_output_embeddings() if plain else torch.nn.Identity()
     chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
@@ -486,11 +573,68 @@ def has_plain_head(model) -> bool:
     if not hasattr(model, "plain_head"):
         ids = torch.arange(4, device=model.device)[None]
         logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-        model.plain_head = torch.allclose(
-            model.get_output_embeddings()(hidden), logits, rtol=0,
-            atol=1e-5 * logits.abs().max().item())
+        hidden = body_of(model)(input_ids=ids, use_cache=False)[0]
+        head = model.get_output_embeddings()
+        model.plain_head = hidden.shape[-1] == head.weight.shape[1] and torch.allclose(
+            head(hidden), logits, rtol=0, atol=1e-5 * logits.abs().max().item())
     return model.plain_head
+
+
+@torch.no_grad()
+def cache_works(model) -> bool:
+    """Whether a prompt's cache can be repeated for its completions and cut to some of them, as
+    attention's can, and the states of Mamba and other recurrent layers cannot. Found out once
+    per model, by check_forward."""
+    if not hasattr(model, "cache_is_exact"):
+        training = model.training
+        with torch.autocast(model.device.type, enabled=False):
+            check_forward(model.eval())
+        model.train(training)
+    return model.cache_is_exact
+
+
+@torch.no_grad()
+def check_forward(model):
+    """Compares passes over two short rows: each alone, with nothing but its ids (the truth);
+    both in a batch, which must agree; and with a cache, all at once and token by token."""
+    ids = torch.arange(3, 14, device=model.device) % embedding_rows(model)
+    prompts, completions = [ids[:3], ids[:3], ids[3:5]], ids[5:].view(2, 3)[[0, 1, 0]]
+    prompt_ids, prompt_mask = pad([ids.tolist() for ids in prompts], "left", model.device)
+    tokens = prompt_ids, prompt_mask, completions, torch.ones_like(completions)
+
+    def same(output, truth):
+        return torch.allclose(output, truth, rtol=0, atol=1e-4 * truth.abs().max().item())
+
+    try:
+        truth = torch.stack([model(input_ids=torch.cat(row)[None])[0][0, -4:-1]
+                             for row in zip(prompts, completions)])  # (3, 3, ·)
+        exact = same(completion_outputs(model, *tokens, share=False), truth)
+    except Exception as error:
+        raise UserError(f"{model.name_or_path}: a forward pass of {type(model).__name__} "
+                        f"fails: {first_line(error)}")
+    if not exact:
+        raise UserError(f"{model.name_or_path}: {type(model).__name__} gives a row other "
+                        "outputs in a batch than alone, so its log-probs would be wrong")
+    try:
+        model.cache_is_exact = same(completion_outputs(model, *tokens, share=True), truth) and (
+            same(outputs_by_token(model, *(x[1:] for x in tokens[:3])), truth[1:]))
+    except Exception:  # recurrent layers have another kind of cache
+        model.cache_is_exact = False
+
+
+def outputs_by_token(model, prompt_ids, prompt_mask, completion_ids):
+    """completion_outputs as in sampling: the cache is repeated, cut, and gets single tokens."""
+    cache = DynamicCache(config=model.config)
+    ids, mask, outputs = prompt_ids, prompt_mask, []
+    for token in completion_ids.T[:, :, None]:  # (B, 1)
+        outputs.append(model(input_ids=ids, attention_mask=mask, use_cache=True,
+                             position_ids=positions(mask)[:, -ids.shape[1]:],
+                             **cache_argument(model, cache))[0][:, -1])
+        if ids is prompt_ids:
+            cache.batch_repeat_interleave(2)
+            cache.batch_select_indices(torch.arange(0, 2 * len(ids), 2, device=ids.device))
+        ids, mask = token, torch.cat([mask, torch.ones_like(token)], 1)
+    return torch.stack(outputs, 1)  # (B, T, ·)
 
 
 def trim_padding(prompt_ids, prompt_mask, completion_ids, mask):
@@ -592,8 +736,19 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
             raise UserError(f"{name}: its score is not finite for the conversation that ends "
                             f"{text[-60:]!r}: try --dtype float32")
         return scores
-    reward.model = model
+    reward.model, reward.tokenizer = model, tokenizer
     return reward
+
+
+def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
+    """Raises unless a reward model reads each prompt with max_new_tokens of a completion."""
+    longest = sorted(rows, key=lambda row: len(row["prompt_ids"]))[-100:]
+    texts = [render(tokenizer, row["prompt"], "a") for row in longest]
+    n = max(map(len, encode(tokenizer, texts))) + max_new_tokens
+    if n > max_positions(model):
+        raise UserError(f"{tokenizer.name_or_path}: reads {max_positions(model)} tokens, and "
+                        f"the longest prompt with --max-new-tokens {max_new_tokens} has {n}: "
+                        "lower it, or set --max-prompt-tokens")
 
 
 @torch.no_grad()
@@ -601,7 +756,7 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192) -> torch
     """(B,) float32 scores of rendered conversations, with `tokens` per micro-batch."""
     rows = encode(tokenizer, texts)
     lengths = torch.tensor([len(row) for row in rows])
-    limit = max_positions(model.config)
+    limit = max_positions(model)
     if lengths.max() > limit:
         raise UserError(f"{tokenizer.name_or_path}: a conversation of {lengths.max()} tokens "
                         f"does not fit the reward model's context of {limit}: lower "
@@ -635,6 +790,8 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
                for p, c in zip(prompts, completions)]
     try:
         values = function(prompts=prompts, completions=answers, **columns)
+        if inspect.iscoroutine(values):  # in a thread, as a notebook has a loop in its own
+            values = ThreadPoolExecutor().submit(asyncio.run, values).result()
         values = list(values) if hasattr(values, "__iter__") else values
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]

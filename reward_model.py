@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (UserError, context_length, encode, encode_prompts, load_causal_lm,
-                    load_model, load_pairs, load_tokenizer, render, score_ids, score_texts)
+from common import (UserError, check_room, embedding_rows, encode, encode_prompts,
+                    load_causal_lm, load_model, load_pairs, load_tokenizer, max_positions,
+                    render, score_ids, score_texts, without_beginning)
 from evaluation import sample_with_generate
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Smoothing,
                      all_sum, cli, gather_objects, global_means)
@@ -114,11 +115,12 @@ def correlation(a, b) -> float:
 def load_scorer(name: str, tokenizer, device):
     """A model with one score, from a reward model, or from a causal LM with a new head."""
     model, missing = load_model(AutoModelForSequenceClassification, name, device, num_labels=1)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # transformers reads the score before the first pad token: it would be before the end
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
+        tokenizer.embedded = embedding_rows(model)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for key in missing:  # the head: std 1 / sqrt(d + 1), so that scores begin near 1
         weight = model.get_parameter(key)
@@ -143,7 +145,8 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
         # both lose the same beginning of the prompt, and an answer only what it has too much
         excess = max(0, max(map(len, whole)) - longest)
         cut = min(excess, len(prompt))
-        kept = [ids[cut:][-min(longest, 2**31):] for ids in whole]
+        kept = [without_beginning(tokenizer, ids, max(cut, len(ids) - longest))
+                for ids in whole]
         n_cut += excess > 0
         n_equal += kept[0] == kept[1]
         if kept[0] != kept[1] and all(kept):
@@ -229,12 +232,13 @@ def main(args: Args):
         except UserError as error:
             raise UserError(f"{error} (set --reference to a causal LM, or --bias-prompts 0)")
         reference_tokenizer = load_tokenizer(name)
-        room = context_length(name) - args.max_new_tokens
+        room = max_positions(reference) - args.max_new_tokens
         chosen = torch.randperm(len(train_rows))[:args.bias_prompts]
         prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in chosen],
                                  args.data, room, min(args.max_tokens or room, room))
+        check_room(model, tokenizer, prompts, args.max_new_tokens)
     model = run.trainable(model)  # LoRA, FSDP
-    longest = min(args.max_tokens or 2**31, context_length(args.model))
+    longest = min(args.max_tokens or 2**31, max_positions(model))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, args.margin_column)
     eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
                              args.margin_column)

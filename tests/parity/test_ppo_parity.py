@@ -30,7 +30,7 @@ def train(tmp_path, **args):
     """TRL's run on one rollout: its variables at each update, and the updates of its policy and
     of its value model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "load_model", in_float64(ppo.load_model))
+        patch.setattr(common, "load_model", in_float64(common.load_model))
         critic = ppo.load_critic(ppo.Args(critic=CRITIC), None, tokenizer(), "cpu")
     scorer = AutoModelForSequenceClassification.from_pretrained(
         "tiny/reward_model", dtype=torch.float64)

@@ -255,7 +255,7 @@ def test_an_evaluation_compares_with_the_references_completions(tmp_path, capsys
     assert [row["step"] for row in samples] == [0] * 3 + [7] * 3
     assert all(row["completion"] == row["baseline"] for row in samples[:3])
     assert [row["baseline"] for row in samples[3:]] == [row["completion"] for row in read("baseline.jsonl")]
-    assert samples[3]["reward"] == 3 and samples[3]["prompt"] == "w0 w0" and samples[3]["completion"] == "w18 w19 w20"
+    assert samples[3]["reward"] == 3 and samples[3]["prompt"] == "w0 w0" and samples[3]["completion"] == " w18 w19 w20"
     assert "w0 w0 -> w18 w19 w20" in capsys.readouterr().out
 
 

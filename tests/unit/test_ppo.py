@@ -272,7 +272,7 @@ def test_what_the_critic_starts_from(capsys, flags, expected):
     source = common.load_config(expected)
     start, _ = common.load_model(AutoModelForSequenceClassification, expected, "cpu", num_labels=1)
     assert torch.equal(critic.get_input_embeddings().weight, start.get_input_embeddings().weight)
-    assert source.hidden_size == critic.config.hidden_size and critic.num_labels == 1
+    assert source.hidden_size == critic.config.hidden_size and critic.score.out_features == 1
 
 
 def test_a_reward_model_with_another_tokenizer_is_not_the_critics_start(tmp_path, capsys):
