@@ -219,15 +219,15 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
         rows = tokenizer(texts, add_special_tokens=False).input_ids
     largest = max((max(ids, default=0) for ids in rows), default=0)
     if largest >= getattr(tokenizer, "embedded", math.inf):
-        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has the token "
-                        f"{tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), but the "
-                        f"model embeds {tokenizer.embedded} tokens: call its "
-                        "resize_token_embeddings and train the new one first")
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(f"{tokenizer.name_or_path}: the model embeds {tokenizer.embedded} "
+                        f"tokens, and its tokenizer has {token!r} (id {largest}): call "
+                        "resize_token_embeddings, and train what that adds")
     return rows
 
 
 def without_beginning(tokenizer, ids: list[int], n: int) -> list[int]:
-    """Token ids without the first n, but with a leading <s> or [CLS], where some models read."""
+    """Token ids without the first n, but with a leading <s> or [CLS], which models rely on."""
     kept = ids[:1] if n and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
     return kept + ids[n + len(kept):]
 
@@ -596,45 +596,37 @@ def cache_works(model) -> bool:
 @torch.no_grad()
 def check_forward(model):
     """Compares passes over two short rows: each alone, with nothing but its ids (the truth);
-    both in a batch, which must agree; and with a cache, all at once and token by token."""
-    ids = torch.arange(3, 14, device=model.device) % embedding_rows(model)
-    prompts, completions = [ids[:3], ids[:3], ids[3:5]], ids[5:].view(2, 3)[[0, 1, 0]]
-    prompt_ids, prompt_mask = pad([ids.tolist() for ids in prompts], "left", model.device)
-    tokens = prompt_ids, prompt_mask, completions, torch.ones_like(completions)
+    both in a batch, which must agree; and token by token with a cache, as in sampling."""
+    def same(outputs, truth):
+        return torch.allclose(outputs, truth, rtol=0, atol=1e-4 * truth.abs().max().item())
 
-    def same(output, truth):
-        return torch.allclose(output, truth, rtol=0, atol=1e-4 * truth.abs().max().item())
-
+    ids = torch.arange(3, 11, device=model.device) % embedding_rows(model)
+    prompts, completions = (ids[:3], ids[3:5]), ids[5:].expand(2, 3)
+    prompt_ids, mask = pad([prompt.tolist() for prompt in prompts], "left", model.device)
     try:
-        truth = torch.stack([model(input_ids=torch.cat(row)[None])[0][0, -4:-1]
-                             for row in zip(prompts, completions)])  # (3, 3, ·)
-        exact = same(completion_outputs(model, *tokens, share=False), truth)
+        rows = [torch.cat(row)[None] for row in zip(prompts, completions)]
+        truth = torch.stack([model(input_ids=row)[0][0, -4:-1] for row in rows])  # (2, 3, ·)
+        exact = same(completion_outputs(model, prompt_ids, mask, completions,
+                                        torch.ones_like(completions), share=False), truth)
     except Exception as error:
-        raise UserError(f"{model.name_or_path}: a forward pass of {type(model).__name__} "
-                        f"fails: {first_line(error)}")
+        raise UserError(f"{model.name_or_path}: {type(model).__name__} does not run on token "
+                        f"ids alone: {first_line(error)}")
     if not exact:
         raise UserError(f"{model.name_or_path}: {type(model).__name__} gives a row other "
                         "outputs in a batch than alone, so its log-probs would be wrong")
     try:
-        model.cache_is_exact = same(completion_outputs(model, *tokens, share=True), truth) and (
-            same(outputs_by_token(model, *(x[1:] for x in tokens[:3])), truth[1:]))
-    except Exception:  # recurrent layers have another kind of cache
-        model.cache_is_exact = False
-
-
-def outputs_by_token(model, prompt_ids, prompt_mask, completion_ids):
-    """completion_outputs as in sampling: the cache is repeated, cut, and gets single tokens."""
-    cache = DynamicCache(config=model.config)
-    ids, mask, outputs = prompt_ids, prompt_mask, []
-    for token in completion_ids.T[:, :, None]:  # (B, 1)
-        outputs.append(model(input_ids=ids, attention_mask=mask, use_cache=True,
-                             position_ids=positions(mask)[:, -ids.shape[1]:],
-                             **cache_argument(model, cache))[0][:, -1])
-        if ids is prompt_ids:
+        cache, token, outputs = DynamicCache(config=model.config), prompt_ids, []
+        for next_token in completions.T[:, :, None]:  # (2, 1)
+            outputs.append(model(
+                input_ids=token, attention_mask=mask, use_cache=True,
+                position_ids=positions(mask)[:, -token.shape[1]:],
+                **cache_argument(model, cache))[0][:, -1])
             cache.batch_repeat_interleave(2)
-            cache.batch_select_indices(torch.arange(0, 2 * len(ids), 2, device=ids.device))
-        ids, mask = token, torch.cat([mask, torch.ones_like(token)], 1)
-    return torch.stack(outputs, 1)  # (B, T, ·)
+            cache.batch_select_indices(torch.tensor([0, 2], device=model.device))
+            token, mask = next_token, torch.cat([mask, torch.ones_like(next_token)], 1)
+        model.cache_is_exact = same(torch.stack(outputs, 1), truth)
+    except Exception:  # a cache of another kind
+        model.cache_is_exact = False
 
 
 def trim_padding(prompt_ids, prompt_mask, completion_ids, mask):

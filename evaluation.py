@@ -98,9 +98,9 @@ class Evaluator:
 def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int,
                          temperature: float = 1.0, batch_size: int = 64) -> Rollout:
     """One completion for the `prompt_ids` of each row by transformers' generate, for scripts
-    that do not sample in training, and for models whose cache is not attention's (cache_works):
-    these get prompts of one length at a time, since their recurrent layers may read padding.
-    The model's own generation_config changes nothing here."""
+    that do not sample in training, and for models without a cache like attention's: these get
+    prompts of one length at a time, since recurrent layers may read padding. The model's own
+    generation_config changes nothing here."""
     eos_ids = eos_token_ids(model, tokenizer, model.device)
     own, model.generation_config = model.generation_config, GenerationConfig(
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=0,
@@ -246,6 +246,7 @@ def distinct_ngrams(completion_ids, mask, n: int = 3):
 
 
 def shorten(text, width: int) -> str:
-    text = (text if isinstance(text, str) else text[-1]["content"]).strip().replace("\n", " / ")
+    text = text if isinstance(text, str) else text[-1]["content"]
+    text = text.strip().replace("\n", " / ")
     return text if len(text) <= width else text[:width - 1] + "…"
 

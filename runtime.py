@@ -183,7 +183,7 @@ def cli(main, Args, description: str):
 
 
 def save_last_step():
-    """Saves what a run that failed has trained, unless it failed in the middle of an update."""
+    """Saves what a failed run has trained, unless it failed in the middle of an update."""
     run = Run.newest and Run.newest()
     if run and run.unsaved and run.world_size == 1:
         with contextlib.suppress(UserError):

@@ -451,3 +451,12 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert events.Scalars("lr")[-1].value == pytest.approx(read(folder / "metrics.jsonl")[2]["lr"], rel=1e-5)
+
+
+def test_a_terminal_that_lacks_a_letter_ends_no_run(tmp_path):
+    """Samples and progress are shown as well as it can."""
+    data = write(tmp_path / "rows.jsonl", *[{"prompt": f"qu'est-ce qu'un caf\u00e9 {i} ?"} for i in range(8)])
+    done = process(sys.executable, "grpo.py", "--data", data, "--run-dir", tmp_path / "run", "--steps", "1", "--reward",
+                   "tiny/reward_model", "--prompts-per-step", "2", "--group-size", "2", "--eval-prompts", "4",
+                   PYTHONIOENCODING="ascii")
+    assert "caf? " in done.stdout and (tmp_path / "run/checkpoint-1/model.safetensors").exists()
