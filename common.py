@@ -99,7 +99,7 @@ def check_prompt(where: str, prompt, column: str):
         raise UserError(f"{where}: the prompt ends with the assistant's turn: remove it")
 
 
-def read_prompts(path: str, column: str = "prompt") -> list[dict]:
+def read_prompts(path: str, column: str = "prompt", tokenizer=None) -> list[dict]:
     """Rows with `prompt` (a string or chat messages) and all their other columns. Preference
     pairs give the same prompt as in read_pairs."""
     rows = []
@@ -113,10 +113,11 @@ def read_prompts(path: str, column: str = "prompt") -> list[dict]:
                             "set --prompt-column")
         check_prompt(where, prompt, column)
         rows.append({**row, "prompt": prompt})
+    warn_of_template(tokenizer, rows, path)
     return rows
 
 
-def read_pairs(path: str, column: str = "prompt") -> list[dict]:
+def read_pairs(path: str, column: str = "prompt", tokenizer=None) -> list[dict]:
     """Rows with `prompt` (a string or chat messages), `chosen` and `rejected` (strings), and
     all their other columns."""
     rows, left_out = [], []
@@ -134,6 +135,7 @@ def read_pairs(path: str, column: str = "prompt") -> list[dict]:
     if left_out:
         print(f"{path}: left out {len(left_out)} pairs with a further turn inside an answer "
               f"(the first: {left_out[0]})")
+    warn_of_template(tokenizer, rows, path)
     return rows
 
 
@@ -216,6 +218,16 @@ def as_messages(prompt) -> list[dict]:
     return messages if messages[-1]["content"] else messages[:-1]
 
 
+def warn_of_template(tokenizer, rows: list[dict], path: str):
+    """One line about the first prompt that begins with a mark of the chat template."""
+    for i, row in enumerate(rows if tokenizer else [], 1):
+        mark = re.match(r"<[^\s<>]+>|\[[A-Z_]+\]", turns(row["prompt"])[0][1])
+        if mark and mark[0] in render(tokenizer, "x"):
+            print(f"{path}: row {i}: the prompt begins with {mark[0]}, and the chat template "
+                  "is put around it once more: take its marks out of the file")
+            return
+
+
 def render(tokenizer, prompt, completion: str | None = None) -> str:
     """The conversation in the tokenizer's chat template; without a completion, up to where the
     assistant's turn begins. Without a template, the strings are concatenated."""
@@ -246,20 +258,21 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, each with its `prompt_ids`."""
     room = context_length(args.model) - args.max_new_tokens
-    rows = read_prompts(args.data, args.prompt_column)
+    rows = read_prompts(args.data, args.prompt_column, tokenizer)
     rows = encode_prompts(tokenizer, rows, args.data, room, args.max_prompt_tokens)
     if not args.eval_data:
         return hold_out(rows, args.eval_prompts, args.data, "--eval-prompts")
-    eval_rows = read_prompts(args.eval_data, args.prompt_column)[:args.eval_prompts]
+    eval_rows = read_prompts(args.eval_data, args.prompt_column, tokenizer)[:args.eval_prompts]
     return rows, encode_prompts(tokenizer, eval_rows, args.eval_data, room,
                                 args.max_prompt_tokens)
 
 
-def load_pairs(args) -> tuple[list[dict], list[dict]]:
+def load_pairs(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Training and held-out pairs."""
-    rows = read_pairs(args.data, args.prompt_column)
+    rows = read_pairs(args.data, args.prompt_column, tokenizer)
     if args.eval_data:
-        return rows, read_pairs(args.eval_data, args.prompt_column)[:args.eval_pairs]
+        eval_rows = read_pairs(args.eval_data, args.prompt_column, tokenizer)
+        return rows, eval_rows[:args.eval_pairs]
     return hold_out(rows, args.eval_pairs, args.data, "--eval-pairs")
 
 

@@ -280,14 +280,14 @@ def test_hub_datasets(monkeypatch):
 
 # --- training and held-out rows
 
-def test_the_last_rows_are_held_out(tmp_path):
+def test_the_last_rows_are_held_out(tmp_path, tokenizer):
     path = write(tmp_path / "pairs.jsonl", *PAIRS)
     args = SimpleNamespace(data=path, eval_data="", eval_pairs=4, prompt_column="prompt")
-    assert common.load_pairs(args) == (PAIRS[:-4], PAIRS[-4:])
+    assert common.load_pairs(args, tokenizer) == (PAIRS[:-4], PAIRS[-4:])
     args.eval_pairs = len(PAIRS)
-    refuses(lambda: common.load_pairs(args), f"{path}: {len(PAIRS)} rows", "--eval-pairs 30", "--eval-data")
+    refuses(lambda: common.load_pairs(args, tokenizer), f"{path}: {len(PAIRS)} rows", "--eval-pairs 30", "--eval-data")
     args.eval_data, args.eval_pairs = write(tmp_path / "other.jsonl", *PAIRS[:3]), 2
-    assert common.load_pairs(args) == (PAIRS, PAIRS[:2])
+    assert common.load_pairs(args, tokenizer) == (PAIRS, PAIRS[:2])
     assert common.hold_out([1, 2], 0, "rows", "--flag") == ([1, 2], [])
 
 
