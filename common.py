@@ -72,56 +72,100 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     return rows
 
 
-def is_conversation(value) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str)
-        and isinstance(m.get("content"), str) for m in value)
+def read_text(where: str, row: dict, column: str):
+    """A column's string, or its messages, with their parts of text joined."""
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    messages = []
+    for m in value if isinstance(value, list) and value else [None]:
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m):
+            raise UserError(f"{where}: {column!r} must be a string or a list of messages "
+                            "(role, content), and not empty")
+        text = ""
+        for part in m["content"] if isinstance(m["content"], list) else [m["content"]]:
+            content = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(content, str):
+                raise UserError(f"{where}: {column!r}: a message's content must be text, not "
+                                f"{json.dumps(part, default=str)[:60]}")
+            text += content
+        messages.append({**m, "content": text})
+    return messages
 
 
 def check_prompt(where: str, prompt, column: str):
-    if not (isinstance(prompt, str) and prompt.strip() or is_conversation(prompt)):
-        raise UserError(f"{where}: {column!r} must be a string or a list of messages (role, "
-                        "content), and not empty")
+    messages = as_messages(prompt)
+    if not messages or not str(prompt).strip():
+        raise UserError(f"{where}: {column!r} is missing or empty")
+    if messages[-1]["role"] == "assistant" and not str(prompt).endswith("\n\nAssistant:"):
+        raise UserError(f"{where}: the prompt ends with the assistant's turn: remove it")
 
 
-def read_prompts(path: str, column: str = "prompt") -> list[dict]:
+def read_prompts(path: str, column: str = "prompt", tokenizer=None) -> list[dict]:
     """Rows with `prompt` (a string or chat messages) and all their other columns. Preference
-    pairs that hold the prompt inside `chosen` and `rejected` give that prompt."""
+    pairs give the same prompt as in read_pairs."""
     rows = []
     for where, row in read_rows(path):
-        if column in row:
-            prompt = row[column]
-        elif "chosen" in row and "rejected" in row:
-            prompt, _, _ = split_pair(where, row["chosen"], row["rejected"])
+        if row.get("chosen") and row.get("rejected"):
+            prompt, _, _ = read_pair(where, row, column)
+        elif column in row:
+            prompt = read_text(where, row, column)
         else:
             raise UserError(f"{where}: no column {column!r}, only {', '.join(row)}: "
                             "set --prompt-column")
         check_prompt(where, prompt, column)
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-            raise UserError(f"{where}: the prompt ends with the assistant's turn")
         rows.append({**row, "prompt": prompt})
+    warn_of_template(tokenizer, rows, path)
     return rows
 
 
-def read_pairs(path: str, column: str = "prompt") -> list[dict]:
+def read_pairs(path: str, column: str = "prompt", tokenizer=None) -> list[dict]:
     """Rows with `prompt` (a string or chat messages), `chosen` and `rejected` (strings), and
     all their other columns."""
-    rows = []
+    rows, left_out = [], []
     for where, row in read_rows(path):
         if "chosen" not in row or "rejected" not in row:
             raise UserError(f"{where}: pairs need columns 'chosen' and 'rejected', not only "
                             f"{', '.join(row)}")
-        prompt, chosen, rejected = row.get(column), row["chosen"], row["rejected"]
-        if prompt is None or is_conversation(chosen) and len(chosen) > 1:
-            prompt, chosen, rejected = split_pair(where, chosen, rejected)
-        chosen, rejected = (x[0]["content"] if is_conversation(x) and len(x) == 1 else x
-                            for x in (chosen, rejected))
+        prompt, chosen, rejected = read_pair(where, row, column)
         check_prompt(where, prompt, column)
-        if not (isinstance(chosen, str) and isinstance(rejected, str)):
-            raise UserError(f"{where}: 'chosen' and 'rejected' must be strings or lists of "
-                            "messages")
-        rows.append({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        if isinstance(row["chosen"], str) and any(
+                re.search(r"\n\n(Human|Assistant):", x) for x in (chosen, rejected)):
+            left_out.append(where)  # HH has a few: no reason to refuse all its other rows
+        else:
+            rows.append({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if left_out:
+        print(f"{path}: left out {len(left_out)} pairs with a further turn inside an answer "
+              f"(the first: {left_out[0]})")
+    warn_of_template(tokenizer, rows, path)
     return rows
+
+
+def read_pair(where: str, row: dict, column: str) -> tuple:
+    """(prompt, chosen answer, rejected answer). The prompt is the column's, followed by what
+    both conversations share and the column does not hold already."""
+    chosen, rejected = (read_text(where, row, side) for side in ("chosen", "rejected"))
+    prompt = [] if row.get(column) is None else read_text(where, row, column)
+    both = (chosen, rejected)
+    if prompt != [] and not all(str(x).startswith("\n\nHuman:") for x in both):
+        chosen, rejected = (  # beside a prompt, a string is an answer, if no transcript
+            [{"role": "assistant", "content": x}] if isinstance(x, str) else x for x in both)
+    shared, chosen, rejected = split_pair(where, chosen, rejected)
+    old, new = turns(prompt), turns(shared)
+    if any(new[i:i + len(old)] == old for i in range(len(new))):
+        return shared, chosen, rejected
+    # the prompt's last n messages are the first n that the conversations share
+    n = max(n for n in range(len(old) + 1) if old[len(old) - n:] == new[:n])
+    rest = as_messages(shared)[n:]
+    if rest and n == 0 and rest[0]["role"] in ("system", old[-1][0]):
+        raise UserError(f"{where}: chosen and rejected do not continue {column!r} (to ignore "
+                        "it, set --prompt-column to a name that no row has)")
+    return as_messages(prompt) + rest if rest else prompt, chosen, rejected
+
+
+def turns(prompt) -> list[tuple]:
+    """What messages are compared by."""
+    return [(m["role"], m["content"].strip()) for m in as_messages(prompt)]
 
 
 def split_pair(where: str, chosen, rejected) -> tuple:
@@ -131,9 +175,11 @@ def split_pair(where: str, chosen, rejected) -> tuple:
     transcripts at the last turn that both share, other strings at the last space of their
     common beginning.
     """
-    if is_conversation(chosen) and is_conversation(rejected):
-        if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        if turns(chosen[:-1]) != turns(rejected[:-1]):
             raise UserError(f"{where}: chosen and rejected differ before their last message")
+        if not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+            raise UserError(f"{where}: chosen and rejected must end with the assistant's turn")
         return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings, or lists")
@@ -178,6 +224,16 @@ def as_messages(prompt) -> list[dict]:
     messages = [{"role": roles[speaker], "content": text.strip()}
                 for speaker, text in zip(turns[::2], turns[1::2])]
     return messages if messages[-1]["content"] else messages[:-1]
+
+
+def warn_of_template(tokenizer, rows: list[dict], path: str):
+    """One line about the first prompt that begins with a mark of the chat template."""
+    for i, row in enumerate(rows if tokenizer else [], 1):
+        mark = re.match(r"<[^\s<>]+>|\[[A-Z_]+\]", turns(row["prompt"])[0][1])
+        if mark and mark[0] in render(tokenizer, "x"):
+            print(f"{path}: row {i}: the prompt begins with {mark[0]}, and the chat template "
+                  "is put around it once more: take its marks out of the file")
+            return
 
 
 def render(tokenizer, prompt, completion: str | None = None) -> str:
@@ -235,20 +291,21 @@ def without_beginning(tokenizer, ids: list[int], n: int) -> list[int]:
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, each with its `prompt_ids`."""
     room = context_length(args.model) - args.max_new_tokens
-    rows = read_prompts(args.data, args.prompt_column)
+    rows = read_prompts(args.data, args.prompt_column, tokenizer)
     rows = encode_prompts(tokenizer, rows, args.data, room, args.max_prompt_tokens)
     if not args.eval_data:
         return hold_out(rows, args.eval_prompts, args.data, "--eval-prompts")
-    eval_rows = read_prompts(args.eval_data, args.prompt_column)[:args.eval_prompts]
+    eval_rows = read_prompts(args.eval_data, args.prompt_column, tokenizer)[:args.eval_prompts]
     return rows, encode_prompts(tokenizer, eval_rows, args.eval_data, room,
                                 args.max_prompt_tokens)
 
 
-def load_pairs(args) -> tuple[list[dict], list[dict]]:
+def load_pairs(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Training and held-out pairs."""
-    rows = read_pairs(args.data, args.prompt_column)
+    rows = read_pairs(args.data, args.prompt_column, tokenizer)
     if args.eval_data:
-        return rows, read_pairs(args.eval_data, args.prompt_column)[:args.eval_pairs]
+        eval_rows = read_pairs(args.eval_data, args.prompt_column, tokenizer)
+        return rows, eval_rows[:args.eval_pairs]
     return hold_out(rows, args.eval_pairs, args.data, "--eval-pairs")
 
 

@@ -251,7 +251,7 @@ def main(args: Args):
     # --- setup
     run = Run(args, __file__)
     tokenizer = load_tokenizer(args.model)
-    train_rows, eval_rows = load_pairs(args)
+    train_rows, eval_rows = load_pairs(args, tokenizer)
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
     reference = run.load_reference(policy)  # with LoRA, the policy itself
     eos_ids = eos_token_ids(policy, tokenizer).tolist()
@@ -259,8 +259,8 @@ def main(args: Args):
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, eos_ids)
     eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
                              eos_ids)
-    prompts = (read_prompts(args.sample_data, args.prompt_column) if args.sample_data
-               else eval_rows)[:args.eval_prompts]
+    prompts = (read_prompts(args.sample_data, args.prompt_column, tokenizer)
+               if args.sample_data else eval_rows)[:args.eval_prompts]
     room = max_positions(policy) - args.max_new_tokens
     prompts = encode_prompts(tokenizer, prompts, args.sample_data or args.data, room, room)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),

@@ -220,7 +220,7 @@ def main(args: Args):
     # --- setup
     run = Run(args, __file__)
     tokenizer = load_tokenizer(args.model)
-    train_rows, eval_rows = load_pairs(args)
+    train_rows, eval_rows = load_pairs(args, tokenizer)
     if args.eval_by and not any(args.eval_by in row for row in eval_rows):
         raise UserError(f"--eval-by {args.eval_by}: no held-out pair has that column")
     model = load_scorer(args.model, tokenizer, run.device)

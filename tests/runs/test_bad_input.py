@@ -105,7 +105,8 @@ CASES = [  # script, flags, the beginning of the message
     ("grpo", dict(data="@/question.jsonl"), "@/question.jsonl:1: no column 'prompt', only question"),
     ("grpo", dict(data="@/question.jsonl", prompt_column="q"), "@/question.jsonl:1: no column 'q', only question"),
     *[("grpo", dict(data=f"@/{name}.jsonl"), f"@/{name}.jsonl:1: 'prompt' must be a string or a list") for name in (
-        "prompt-number", "prompt-empty", "prompt-no-turns", "prompt-no-content")],
+        "prompt-number", "prompt-no-turns", "prompt-no-content")],
+    ("grpo", dict(data="@/prompt-empty.jsonl"), "@/prompt-empty.jsonl:1: 'prompt' is missing or empty"),
     ("grpo", dict(data="@/prompt-answered.jsonl"), "@/prompt-answered.jsonl:1: the prompt ends with the assistant's"),
     *[("grpo", dict(data=f"@/{name}"), f"@/{name}: cannot be read as text") for name in (
         "utf-16.jsonl", "latin-1.jsonl", "not-gzip.jsonl.gz", "cut.jsonl.gz")],
@@ -117,12 +118,12 @@ CASES = [  # script, flags, the beginning of the message
     ("dpo", dict(data="tiny/prompts.jsonl"), "tiny/prompts.jsonl:1: pairs need "),
     ("dpo", dict(sample_data="@/question.jsonl"), "@/question.jsonl:1: no column 'prompt'"),
     ("dpo", dict(eval_data="tiny/prompts.jsonl"), "tiny/prompts.jsonl:1: pairs need "),
-    *[(name, dict(data="@/pair-numbers.jsonl"), "@/pair-numbers.jsonl:1: 'chosen' and 'rejected' must be strings")
+    *[(name, dict(data="@/pair-numbers.jsonl"), "@/pair-numbers.jsonl:1: 'chosen' must be a string or a list")
       for name in PAIRWISE],
     ("dpo", dict(data="@/pair-strangers.jsonl"), "@/pair-strangers.jsonl:1: no 'prompt', and chosen and rejected"),
     ("dpo", dict(data="@/pair-turns.jsonl"), "@/pair-turns.jsonl:1: chosen and rejected "),
     ("dpo", dict(data="@/pair-mixed.jsonl"), "@/pair-mixed.jsonl:1: 'chosen' and 'rejected' must both be strings"),
-    ("dpo", dict(data="@/pair-no-prompt.jsonl"), "@/pair-no-prompt.jsonl:1: 'prompt' must be a string or a list"),
+    ("dpo", dict(data="@/pair-no-prompt.jsonl"), "@/pair-no-prompt.jsonl:1: 'prompt' is missing or empty"),
     *[(name, dict(data="@/pair-equal.jsonl"), "@/pair-equal.jsonl: no pair is left") for name in PAIRWISE],
     *[(name, dict(data="@/one-pair.jsonl"), "@/one-pair.jsonl: 1 rows, and --eval-pairs 2 are held out")
       for name in PAIRWISE],

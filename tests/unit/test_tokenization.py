@@ -1,6 +1,7 @@
 """common.py: conversations as text and as tokens, padding, and rollouts."""
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 import common
 import dpo
 import evaluation
-from helpers.unit import EOS, llama, refuses, word_tokenizer
+from helpers.unit import EOS, llama, refuses, word_tokenizer, write
 
 USER = [{"role": "user", "content": "is it so ?"}]
 TURNS = [{"role": "system", "content": "be short"}, *USER,
@@ -109,6 +110,30 @@ def test_prompts_that_are_too_long(tokenizer, capsys):
             (12, 0, "rows: row 2: a prompt of 13 tokens"), (3, 5, "rows: row 3"),
             (99, 3, "rows: no prompt has at most 3 tokens"), (-5, 0, "rows: row 1")]:
         refuses(lambda: common.encode_prompts(tokenizer, rows, "rows", room, longest), words)
+
+
+@pytest.mark.parametrize("begins, template", [
+    ("<|user|>", None), ("<|im_start|>", "<|im_start|>{{ messages[0].role }} {{ messages[0].content }}"),
+    ("[INST]", "{{ bos_token }} [INST] {{ messages[0].content }} [/INST]"),
+    ("<s>", "{{ bos_token }} [INST] {{ messages[0].content }} [/INST]")])
+def test_prompts_in_the_template_already_are_pointed_out_once(tmp_path, tokenizer, capsys, begins, template):
+    """Otherwise the model would see two templates, one around the other."""
+    tokenizer.bos_token, tokenizer.chat_template = "<s>", template or tokenizer.chat_template
+    for messages in (False, True):
+        prompts = ["what ?", "<a> b", "[1] who ?", f" {begins}user what ?", f"{begins} who ?"]
+        prompts = [[{"role": "user", "content": text}] if messages else text for text in prompts]
+        path = write(tmp_path / "rows.jsonl", *[{"prompt": p, "chosen": "b", "rejected": "c"} for p in prompts])
+        args = SimpleNamespace(model="tiny/policy", data=path, eval_data="", prompt_column="prompt", eval_prompts=1,
+                               max_new_tokens=8, max_prompt_tokens=0, eval_pairs=1)
+        for load in (common.load_prompts, common.load_pairs):
+            load(args, tokenizer)
+            out = capsys.readouterr().out
+            assert f"{path}: row 4: the prompt begins with {begins}," in out and out.count("\n") == 1
+    path = write(tmp_path / "rows.jsonl", {"prompt": "a <|user|> b"}, {"prompt": "<a> b"})
+    common.read_prompts(path, "prompt", tokenizer)
+    tokenizer.chat_template = None  # the way to train on text that is rendered already
+    common.read_prompts(write(tmp_path / "rows.jsonl", {"prompt": f"{begins} b"}), "prompt", tokenizer)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("own, both, alone", [(None, [2], []), (7, [2, 7], [7]), ([9, 2, 7], [2, 7, 9], [2, 7, 9])])
