@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, DynamicCache, PreTrainedModel)
+                          AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel)
 
 
 class UserError(Exception):
@@ -412,29 +413,28 @@ def load_config(name: str, **changes):
         config = AutoConfig.from_pretrained(config_folder(name), **changes)
     except Exception as error:
         raise UserError(f"{name}: its config does not load: {first_line(error)}")
-    for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)  # eval() is not enough: checkpointing needs train()
-    text_config = config.get_text_config()
-    if (text_config.pad_token_id or 0) not in range(text_config.vocab_size):
+    text_config = config.get_text_config()  # of a multimodal model; or the config itself
+    for part in (config, text_config):
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)  # eval() is not enough: checkpointing needs train()
+    if (getattr(text_config, "pad_token_id", 0) or 0) not in range(text_config.vocab_size):
         text_config.pad_token_id = None  # no embedding can have it as its padding
     return config
 
 
-def context_length(name: str) -> float:
-    """How many tokens a model reads at most, by its config."""
-    config = load_config(name).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
-
-
-def max_positions(model) -> float:
-    """How many tokens a model reads at most."""
-    config = model.config.get_text_config()
-    for name, module in model.named_modules():
+def context_length(model) -> float:
+    """How many tokens a model (itself, or by its name) reads at most."""
+    loaded = not isinstance(model, str)
+    for name, module in model.named_modules() if loaded else ():
         first = getattr(module, "padding_idx", None)  # RoBERTa counts from here: 514 hold 512
         if name.endswith("position_embeddings") and first is not None:
             return module.num_embeddings - first - 1
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    config = (model.config if loaded else load_config(model)).get_text_config()
+    rope, limit = getattr(config, "rope_parameters", None) or {}, "max_position_embeddings"
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # later, rows of a batch are not alone
+        return rope.get("original_" + limit) or getattr(config, limit)
+    return getattr(config, limit, None) or math.inf
 
 
 def embedding_rows(model) -> int:
@@ -652,38 +652,66 @@ def cache_works(model) -> bool:
 
 @torch.no_grad()
 def check_forward(model):
-    """Compares passes over two short rows: each alone, with nothing but its ids (the truth);
-    both in a batch, which must agree; and token by token with a cache, as in sampling."""
-    def same(outputs, truth):
+    """Tries a model on two short rows. The truth is each alone, with nothing but its ids. Rows
+    in a batch must agree, in train mode too. Then sets cache_is_exact: whether tokens one by
+    one agree, as in sampling. If not, transformers' generate must take the likeliest ones."""
+    def same(outputs):
         return torch.allclose(outputs, truth, rtol=0, atol=1e-4 * truth.abs().max().item())
 
+    def next_outputs(ids):
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[
+            :, -ids.shape[1]:], use_cache=True, **cache_argument(model, cache))[0][:, -1]
+
+    kind = f"{model.name_or_path}: {type(model).__name__}"
     ids = torch.arange(3, 11, device=model.device) % embedding_rows(model)
     prompts, completions = (ids[:3], ids[3:5]), ids[5:].expand(2, 3)
     prompt_ids, mask = pad([prompt.tolist() for prompt in prompts], "left", model.device)
+    tokens = prompt_ids, mask, completions, torch.ones_like(completions)
+    rows = [torch.cat(row)[None] for row in zip(prompts, completions)]
     try:
-        rows = [torch.cat(row)[None] for row in zip(prompts, completions)]
-        truth = torch.stack([model(input_ids=row)[0][0, -4:-1] for row in rows])  # (2, 3, ·)
-        exact = same(completion_outputs(model, prompt_ids, mask, completions,
-                                        torch.ones_like(completions), share=False), truth)
+        truth = torch.stack([model(input_ids=row, use_cache=False)[0][0, -4:-1]
+                             for row in rows])  # (2, 3, ·)
+        exact = [same(completion_outputs(model.train(training), *tokens, share=False))
+                 for training in (True, False)]
     except Exception as error:
-        raise UserError(f"{model.name_or_path}: {type(model).__name__} does not run on token "
-                        f"ids alone: {first_line(error)}")
-    if not exact:
-        raise UserError(f"{model.name_or_path}: {type(model).__name__} gives a row other "
-                        "outputs in a batch than alone, so its log-probs would be wrong")
+        raise UserError(f"{kind} does not run on token ids alone: {first_line(error)}")
+    if not all(exact):
+        raise UserError(f"{kind} gives a row other outputs in a batch, or in train mode, than "
+                        "alone: its log-probs would be wrong")
     try:
-        cache, token, outputs = DynamicCache(config=model.config), prompt_ids, []
-        for next_token in completions.T[:, :, None]:  # (2, 1)
-            outputs.append(model(
-                input_ids=token, attention_mask=mask, use_cache=True,
-                position_ids=positions(mask)[:, -token.shape[1]:],
-                **cache_argument(model, cache))[0][:, -1])
-            cache.batch_repeat_interleave(2)
-            cache.batch_select_indices(torch.tensor([0, 2], device=model.device))
-            token, mask = next_token, torch.cat([mask, torch.ones_like(next_token)], 1)
-        model.cache_is_exact = same(torch.stack(outputs, 1), truth)
+        cache = DynamicCache(config=model.config)
+        outputs = [next_outputs(prompt_ids)]
+        cache.batch_repeat_interleave(2)
+        mask = F.pad(mask, (0, 1), value=1).repeat_interleave(2, 0)
+        outputs.append(next_outputs(completions[:, :1].repeat_interleave(2, 0))[::2])
+        cache.batch_select_indices(torch.tensor([0, 3], device=model.device))
+        mask = F.pad(mask[::2], (0, 1), value=1)
+        outputs.append(next_outputs(completions[:, 1:2]))
+        model.cache_is_exact = same(torch.stack(outputs, 1))
     except Exception:  # a cache of another kind
         model.cache_is_exact = False
+    if not model.cache_is_exact and hasattr(model, "generate"):
+        try:
+            both = torch.cat([rows[1], rows[1].flip(1)])  # (2, 5)
+            new = generate_by_library(model, both, torch.ones_like(both), max_new_tokens=3,
+                                      return_dict_in_generate=True, output_logits=True)
+            truth = model(input_ids=new.sequences[:, :-1], use_cache=False).logits[:, 4:]
+            exact = same(torch.stack(new.logits, 1))
+        except Exception:
+            exact = False
+        if not exact:
+            raise UserError(f"{kind} gives other outputs with a cache than without, also in "
+                            "transformers' generate: it cannot be sampled from")
+
+
+def generate_by_library(model, prompt_ids, prompt_mask, **settings):
+    """What transformers' generate gives with these settings alone: the model's own
+    generation_config changes nothing."""
+    own, model.generation_config = model.generation_config, GenerationConfig(
+        pad_token_id=0, **settings)
+    output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
+    model.generation_config = own
+    return output
 
 
 def trim_padding(prompt_ids, prompt_mask, completion_ids, mask):
@@ -794,8 +822,8 @@ def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
     longest = sorted(rows, key=lambda row: len(row["prompt_ids"]))[-100:]
     texts = [render(tokenizer, row["prompt"], "a") for row in longest]
     n = max(map(len, encode(tokenizer, texts))) + max_new_tokens
-    if n > max_positions(model):
-        raise UserError(f"{tokenizer.name_or_path}: reads {max_positions(model)} tokens, and "
+    if n > context_length(model):
+        raise UserError(f"{tokenizer.name_or_path}: reads {context_length(model)} tokens, and "
                         f"the longest prompt with --max-new-tokens {max_new_tokens} has {n}: "
                         "lower it, or set --max-prompt-tokens")
 
@@ -805,7 +833,7 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192) -> torch
     """(B,) float32 scores of rendered conversations, with `tokens` per micro-batch."""
     rows = encode(tokenizer, texts)
     lengths = torch.tensor([len(row) for row in rows])
-    limit = max_positions(model)
+    limit = context_length(model)
     if lengths.max() > limit:
         raise UserError(f"{tokenizer.name_or_path}: a conversation of {lengths.max()} tokens "
                         f"does not fit the reward model's context of {limit}: lower "

@@ -38,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from common import (UserError, completion_logprobs, encode, encode_prompts, eos_token_ids,
-                    load_causal_lm, load_pairs, load_tokenizer, max_positions, pad,
+from common import (UserError, completion_logprobs, context_length, encode, encode_prompts,
+                    eos_token_ids, load_causal_lm, load_pairs, load_tokenizer, pad,
                     read_prompts, render, without_beginning)
 from evaluation import Evaluator, sample_with_generate
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, SampleArgs,
@@ -255,13 +255,13 @@ def main(args: Args):
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
     reference = run.load_reference(policy)  # with LoRA, the policy itself
     eos_ids = eos_token_ids(policy, tokenizer).tolist()
-    longest = min(args.max_tokens or 2**31, max_positions(policy))
+    longest = min(args.max_tokens or 2**31, context_length(policy))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, eos_ids)
     eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
                              eos_ids)
     prompts = (read_prompts(args.sample_data, args.prompt_column, tokenizer)
                if args.sample_data else eval_rows)[:args.eval_prompts]
-    room = max_positions(policy) - args.max_new_tokens
+    room = context_length(policy) - args.max_new_tokens
     prompts = encode_prompts(tokenizer, prompts, args.sample_data or args.data, room, room)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)

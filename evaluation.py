@@ -3,10 +3,8 @@ import json
 import math
 
 import torch
-from transformers import GenerationConfig
-
-from common import (Rollout, UserError, cache_works, eos_token_ids, kl_estimate, masked_mean,
-                    pad, rollout_logprobs)
+from common import (Rollout, UserError, cache_works, eos_token_ids, generate_by_library,
+                    kl_estimate, masked_mean, pad, rollout_logprobs)
 from runtime import gather_objects, json_lines, reference_mode, write_whole
 
 
@@ -99,12 +97,8 @@ def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int
                          temperature: float = 1.0, batch_size: int = 64) -> Rollout:
     """One completion for the `prompt_ids` of each row by transformers' generate, for scripts
     that do not sample in training, and for models without a cache like attention's: these get
-    prompts of one length at a time, since recurrent layers may read padding. The model's own
-    generation_config changes nothing here."""
+    prompts of one length at a time, since recurrent layers may read padding."""
     eos_ids = eos_token_ids(model, tokenizer, model.device)
-    own, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=0,
-        eos_token_id=eos_ids.tolist() or None, max_new_tokens=max_new_tokens)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", model.device)
     completion_ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
     model.eval()
@@ -113,10 +107,11 @@ def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int
     for part in [part for kind in kinds.unique()
                  for part in (kinds == kind).nonzero()[:, 0].split(batch_size)]:
         P = lengths[part].max()
-        ids = model.generate(input_ids=prompt_ids[part, -P:],
-                             attention_mask=prompt_mask[part, -P:])[:, P:]
+        ids = generate_by_library(
+            model, prompt_ids[part, -P:], prompt_mask[part, -P:], do_sample=True, top_k=0,
+            top_p=1.0, temperature=temperature, max_new_tokens=max_new_tokens,
+            eos_token_id=eos_ids.tolist() or None)[:, P:]
         completion_ids[part, :ids.shape[1]] = ids
-    model.generation_config = own
     ended = torch.isin(completion_ids, eos_ids).long()
     mask = (ended.cumsum(1) - ended == 0).long()  # up to and including the first end
     longest = mask.sum(1).max()

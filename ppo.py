@@ -41,7 +41,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from common import (Rollout, UserError, cache_argument, cache_works, completion_logprobs,
                     completion_outputs, context_length, embedding_rows, eos_token_ids,
                     kl_estimate, load_body, load_causal_lm, load_prompts, load_tokenizer,
-                    masked_whiten, max_positions, pad, rollout_logprobs, same_tokens)
+                    masked_whiten, pad, rollout_logprobs, same_tokens)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
@@ -198,7 +198,7 @@ def load_critic(args: Args, reward, tokenizer, device):
     critic, critic.score = load_body(name, device)
     critic.register_forward_hook(lambda critic, inputs, outputs: TokenClassifierOutput(
         logits=critic.score(outputs[0])))  # of the last hidden states, (B, T, 1)
-    if max_positions(critic) < context_length(args.model):
+    if context_length(critic) < context_length(args.model):
         raise UserError(f"--critic {name}: its context is shorter than the policy's")
     if embedding_rows(critic) < tokenizer.embedded:  # the policy's vocabulary is padded
         critic.resize_token_embeddings(tokenizer.embedded)

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (UserError, check_room, embedding_rows, encode, encode_prompts,
-                    load_causal_lm, load_model, load_pairs, load_tokenizer, max_positions,
+from common import (UserError, check_room, context_length, embedding_rows, encode,
+                    encode_prompts, load_causal_lm, load_model, load_pairs, load_tokenizer,
                     render, score_ids, score_texts, without_beginning)
 from evaluation import sample_with_generate
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Smoothing,
@@ -232,13 +232,13 @@ def main(args: Args):
         except UserError as error:
             raise UserError(f"{error} (set --reference to a causal LM, or --bias-prompts 0)")
         reference_tokenizer = load_tokenizer(name)
-        room = max_positions(reference) - args.max_new_tokens
+        room = context_length(reference) - args.max_new_tokens
         chosen = torch.randperm(len(train_rows))[:args.bias_prompts]
         prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in chosen],
                                  args.data, room, min(args.max_tokens or room, room))
         check_room(model, tokenizer, prompts, args.max_new_tokens)
     model = run.trainable(model)  # LoRA, FSDP
-    longest = min(args.max_tokens or 2**31, max_positions(model))
+    longest = min(args.max_tokens or 2**31, context_length(model))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, args.margin_column)
     eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
                              args.margin_column)
