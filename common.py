@@ -489,8 +489,8 @@ def load_causal_lm(name: str, device):
     if missing:
         raise UserError(f"{name}: not a causal LM: it has no weights for "
                         f"{', '.join(sorted(missing)[:3])}")
-    check_forward(model)
-    return model
+    check_forward(model.train())
+    return model.eval()
 
 
 def load_body(name: str, device):
@@ -643,18 +643,16 @@ def cache_works(model) -> bool:
     attention's can, and the states of Mamba and other recurrent layers cannot. Found out once
     per model, by check_forward."""
     if not hasattr(model, "cache_is_exact"):
-        training = model.training
         with torch.autocast(model.device.type, enabled=False):
-            check_forward(model.eval())
-        model.train(training)
+            check_forward(model)
     return model.cache_is_exact
 
 
 @torch.no_grad()
 def check_forward(model):
     """Tries a model on two short rows. The truth is each alone, with nothing but its ids. Rows
-    in a batch must agree, in train mode too. Then sets cache_is_exact: whether tokens one by
-    one agree, as in sampling. If not, transformers' generate must take the likeliest ones."""
+    in a batch must agree, in the mode that the model is in. Then sets cache_is_exact: whether
+    tokens one by one agree, as in sampling. If not, transformers' generate must agree."""
     def same(outputs):
         return torch.allclose(outputs, truth, rtol=0, atol=1e-4 * truth.abs().max().item())
 
@@ -662,22 +660,22 @@ def check_forward(model):
         return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[
             :, -ids.shape[1]:], use_cache=True, **cache_argument(model, cache))[0][:, -1]
 
-    kind = f"{model.name_or_path}: {type(model).__name__}"
+    kind, training = f"{model.name_or_path}: {type(model).__name__}", model.training
     ids = torch.arange(3, 11, device=model.device) % embedding_rows(model)
     prompts, completions = (ids[:3], ids[3:5]), ids[5:].expand(2, 3)
     prompt_ids, mask = pad([prompt.tolist() for prompt in prompts], "left", model.device)
     tokens = prompt_ids, mask, completions, torch.ones_like(completions)
     rows = [torch.cat(row)[None] for row in zip(prompts, completions)]
     try:
-        truth = torch.stack([model(input_ids=row, use_cache=False)[0][0, -4:-1]
+        truth = torch.stack([model.eval()(input_ids=row, use_cache=False)[0][0, -4:-1]
                              for row in rows])  # (2, 3, ·)
-        exact = [same(completion_outputs(model.train(training), *tokens, share=False))
-                 for training in (True, False)]
+        exact = same(completion_outputs(model.train(training), *tokens, share=False))
     except Exception as error:
         raise UserError(f"{kind} does not run on token ids alone: {first_line(error)}")
-    if not all(exact):
+    if not exact:
         raise UserError(f"{kind} gives a row other outputs in a batch, or in train mode, than "
                         "alone: its log-probs would be wrong")
+    model.eval()
     try:
         cache = DynamicCache(config=model.config)
         outputs = [next_outputs(prompt_ids)]
@@ -702,6 +700,7 @@ def check_forward(model):
         if not exact:
             raise UserError(f"{kind} gives other outputs with a cache than without, also in "
                             "transformers' generate: it cannot be sampled from")
+    model.train(training)
 
 
 def generate_by_library(model, prompt_ids, prompt_mask, **settings):

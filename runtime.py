@@ -462,7 +462,8 @@ class Run:
 
     def _compare_rows(self, rows: list):
         """Says if a resumed run has other rows than before, or the same in other tokens."""
-        tokens = [{k: v for k, v in row.items() if k.endswith("_ids")} for row in rows]
+        names = "prompt_ids", "chosen_ids", "rejected_ids"
+        tokens = [[row.get(name) for name in names] for row in rows if isinstance(row, dict)]
         digest = zlib.crc32(repr(tokens).encode())
         if self.state["rows"] not in (0, digest):
             print(f"warning: {self.args.data} gives other prompts than when this run began: "

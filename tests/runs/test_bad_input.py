@@ -267,10 +267,9 @@ def make_models(at: Path):
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(at / "small")
     for name in ("two-labels", "small"):
         tokenizer.save_pretrained(at / name)
-    tokenizer.add_tokens(["zebraic"])
-    tokenizer.save_pretrained(model("other-words", "reward_model"))
-    path = model("policy-other-words") / "tokenizer.json"
-    path.write_text(re.sub('"cat": [0-9]+', '"cat": 0', path.read_text()))
+    for path in (model("other-words", "reward_model"), model("policy-other-words")):
+        path /= "tokenizer.json"
+        path.write_text(re.sub('"cat": [0-9]+', '"cat": 0', path.read_text()))
     for name, template in (("template-raises", "{{ raise_exception('no such role') }}"), ("no-template", None)):
         tokenizer = common.load_tokenizer("tiny/policy")
         tokenizer.chat_template = template
