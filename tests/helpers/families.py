@@ -1,6 +1,7 @@
 """Tiny random models of every kind of causal LM that transformers has, and what is checked of each: that the log-probs,
 the gradients and the sampled tokens are those of the plainest computation, one row at a time, without padding and
 without a cache."""
+import contextlib
 import copy
 import tempfile
 
@@ -10,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import common
 import grpo
+import ppo
 from helpers.unit import make_run, word_tokenizer
 
 V = 64  # tokens of every tiny model: 0 pads, 1 ends, 2 begins
@@ -259,6 +261,29 @@ def difference(model, plain, rows) -> float:
 
 
 @torch.no_grad()
+def check_critic(model, plain) -> float:
+    """The values of ppo.py's critic that starts from the model, in a batch and with shared prompts, against each row
+    alone."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        model.save_pretrained(folder)
+        if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            plain.whole_config.save_pretrained(folder)
+        words = tokenizer(1)
+        words.save_pretrained(folder)
+        words.embedded = V
+        critic = ppo.load_critic(ppo.Args(model=folder, reward="tiny/world.py:gold_reward"), None, words, "cpu").eval()
+    torch.nn.init.normal_(critic.score.weight)
+    torch.nn.init.normal_(critic.score.bias)
+    worst = 0.0
+    for rows in (ROWS, SHARED):
+        values = ppo.completion_values(critic, *batch(rows))
+        for row, (prompt, completion) in zip(values, rows):
+            expected = critic(torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1:-1, 0]
+            worst = max(worst, ((row[:len(completion)] - expected).abs().max() / expected.abs().max()).item())
+    return worst
+
+
+@torch.no_grad()
 def check_loaded(model, plain) -> float:
     """Plain logits of the model that was saved and loaded."""
     use_cache(model, False)
@@ -343,7 +368,7 @@ def tokenizer(end: int):
 EXCEPTIONS = {("phimoe", "gradients"): "in train mode its router has a gradient of its own (SparseMixer)"}
 CHECKS = {"loaded": (check_loaded, 1e-4), "alone": (check_alone, 1e-4), "batch": (check_batch, 1e-4),
           "shared": (check_shared, 1e-4), "gradients": (check_gradients, 1e-3), "greedy": (check_greedy, 0.02),
-          "hot": (check_hot, 0.06)}
+          "hot": (check_hot, 0.06), "critic": (check_critic, 1e-4)}
 
 
 @torch.no_grad()

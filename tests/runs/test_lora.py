@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import common
 import runtime
@@ -151,3 +151,19 @@ def test_two_processes_train_the_adapter_of_one(peft, tmp_path):
         adapters = [load_file(last_checkpoint(tmp_path / folder / name) / "adapter_model.safetensors")
                     for folder in ("one", "two")]
         assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) >= 56
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+def test_an_encoder_without_a_pooler_becomes_a_reward_model_that_loads(kind, tmp_path, peft):
+    """Its pooler is new and random: it is trained and saved, not only its head."""
+    tokenizer = common.load_tokenizer("tiny/policy")
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+                                  num_hidden_layers=2, num_attention_heads=2, pad_token_id=tokenizer.pad_token_id)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    log = run("reward_model", tmp_path / "run", model=str(tmp_path / "base"), bias_prompts=0, **LORA)
+    rows = common.read_pairs(rows_of_data("reward_model", tmp_path))[-4:]
+    reward = common.load_reward(str(last_checkpoint(tmp_path / "run")), "cpu")
+    chosen, rejected = (reward(rows, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
+    assert loss == pytest.approx(evaluations_of(log)[-1]["eval_loss"], abs=1e-4)
