@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import traceback
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedModel)
@@ -52,7 +54,7 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
         raise UserError(f"{path}: no such file")
     try:
         opened = gzip.open if path.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a mark
             lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as text: {error}")
@@ -70,6 +72,11 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
             raise UserError(f"{where}: expected a JSON object, not {line.strip()[:40]}")
     if not rows:
         raise UserError(f"{path}: holds no rows")
+    unused = {"system", "tools", "chat_template_kwargs"} & {
+        column for _, row in rows for column, value in row.items() if value}
+    if unused:
+        print(f"{path}: not part of the prompts: the columns {', '.join(sorted(unused))} (a "
+              "system prompt is the first of a prompt's messages)")
     return rows
 
 
@@ -83,6 +90,8 @@ def read_text(where: str, row: dict, column: str):
         if not (isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m):
             raise UserError(f"{where}: {column!r} must be a string or a list of messages "
                             "(role, content), and not empty")
+        if m.get("tool_calls"):
+            raise UserError(f"{where}: {column!r}: tool calls are not supported")
         text = ""
         for part in m["content"] if isinstance(m["content"], list) else [m["content"]]:
             content = part.get("text") if isinstance(part, dict) else part
@@ -135,6 +144,10 @@ def read_pairs(path: str, column: str = "prompt", tokenizer=None) -> list[dict]:
             left_out.append(where)  # HH has a few: no reason to refuse all its other rows
         else:
             rows.append({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if all(str(row[side]).startswith(str(row["prompt"])) for row in rows
+           for side in ("chosen", "rejected")) and len(rows) > 1:
+        print(f"{path}: each answer begins with its prompt, which it will have twice: if that "
+              "is not meant, set --prompt-column to a name that no row has")
     if left_out:
         print(f"{path}: left out {len(left_out)} pairs with a further turn inside an answer "
               f"(the first: {left_out[0]})")
@@ -203,6 +216,7 @@ def load_tokenizer(name: str):
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UserError(f"{name}: no tokenizer loads from it: {first_line(error)}")
+    tokenizer.clean_up_tokenization_spaces = False  # decoded text is what was generated
     tokenizer.embedded = vocab_size  # how many tokens the model embeds; encode compares
     return tokenizer
 
@@ -237,9 +251,14 @@ def warn_of_template(tokenizer, rows: list[dict], path: str):
             return
 
 
-def render(tokenizer, prompt, completion: str | None = None) -> str:
+def holds(text: str, completion: str) -> bool:
+    return "".join(completion.split()) in "".join(text.split())
+
+
+def render(tokenizer, prompt, completion: str | None = None, whole: bool = True) -> str:
     """The conversation in the tokenizer's chat template; without a completion, up to where the
-    assistant's turn begins. Without a template, the strings are concatenated."""
+    assistant's turn begins. Without a template, the strings are concatenated. With whole, a
+    template that drops a part of the completion is refused."""
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise UserError(f"{tokenizer.name_or_path}: has no chat template, so prompts must "
@@ -257,7 +276,7 @@ def render(tokenizer, prompt, completion: str | None = None) -> str:
     except Exception as error:  # templates raise anything, as on roles that do not alternate
         raise UserError(f"{tokenizer.name_or_path}: its chat template refuses the prompt "
                         f"{str(prompt)[:60]!r}: {first_line(error)}")
-    if completion and "".join(completion.split()) not in "".join(text.split()):
+    if whole and completion and not holds(text, completion):
         raise UserError(f"{tokenizer.name_or_path}: its chat template drops a part of the "
                         f"answer {completion[:60]!r} (its reasoning?): remove that part from "
                         "the data, or change chat_template.jinja to keep it")
@@ -340,9 +359,13 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
 
 
 def eos_token_ids(model, tokenizer, device="cpu") -> torch.Tensor:
-    """All tokens that end a completion: chat models have more than one."""
+    """All tokens that end a completion: chat models have more than one. The special token that
+    a chat template writes after an answer is one of them."""
     ids = model.generation_config.eos_token_id or []
     ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None, -1}
+    if tokenizer.chat_template is not None:
+        after = encode(tokenizer, [render(tokenizer, "a", "zqx").rpartition("zqx")[2]])[0]
+        ids |= set([i for i in after if i in tokenizer.all_special_ids][:1])
     return torch.tensor(sorted(ids), dtype=torch.long, device=device)
 
 
@@ -393,8 +416,12 @@ class Rollout:
 def config_folder(name: str) -> str:
     """Where a model's config is: a LoRA checkpoint of these scripts has it in `model`, since
     transformers takes a folder with a config.json for a whole model."""
-    inner = Path(name) / "model"
-    return str(inner) if (inner / "config.json").is_file() else name
+    inner, adapter = Path(name) / "model", Path(name) / "adapter_config.json"
+    if (inner / "config.json").is_file():
+        return str(inner)
+    if adapter.is_file() and not (Path(name) / "config.json").is_file():  # of another library
+        return config_folder(json.loads(adapter.read_text())["base_model_name_or_path"])
+    return name
 
 
 def check_model(name: str):
@@ -402,7 +429,8 @@ def check_model(name: str):
             not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists()
             or Path(name).parts[0] in ("tiny", "runs")):
         raise UserError(f"{name}: no such model folder")
-    if Path(name).is_dir() and not (Path(config_folder(name)) / "config.json").is_file():
+    if Path(name).is_dir() and not (Path(name) / "adapter_config.json").is_file() and not (
+            Path(name) / "config.json").is_file():
         raise UserError(f"{name}: not a model: the folder has no config.json")
 
 
@@ -413,6 +441,7 @@ def load_config(name: str, **changes):
         config = AutoConfig.from_pretrained(config_folder(name), **changes)
     except Exception as error:
         raise UserError(f"{name}: its config does not load: {first_line(error)}")
+    config.return_dict, config.output_router_logits = True, False  # outputs as we read them
     text_config = config.get_text_config()  # of a multimodal model; or the config itself
     for part in (config, text_config):
         for key, value in vars(part).items():
@@ -431,20 +460,17 @@ def context_length(model) -> float:
         if name.endswith("position_embeddings") and first is not None:
             return module.num_embeddings - first - 1
     config = (model.config if loaded else load_config(model)).get_text_config()
-    rope, limit = getattr(config, "rope_parameters", None) or {}, "max_position_embeddings"
-    if rope.get("rope_type") in ("dynamic", "longrope"):  # later, rows of a batch are not alone
+    limit = "max_seq_len" if hasattr(config, "max_seq_len") else "max_position_embeddings"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond, rows change each other
         return rope.get("original_" + limit) or getattr(config, limit)
     return getattr(config, limit, None) or math.inf
-
-
-def embedding_rows(model) -> int:
-    return model.get_input_embeddings().weight.shape[0]
 
 
 def load_model(auto_class, name: str, device, **config_changes):
     """(model, names of the weights it came without), in float32, from safetensors, without
     dropout. A LoRA adapter is loaded with its base model and merged into it."""
-    config = load_config(name, **config_changes)
+    config, kind = load_config(name, **config_changes), auto_class.__name__[12:]
     base, adapters = name, []
     try:
         while (adapter := Path(base) / "adapter_config.json").is_file():
@@ -461,7 +487,10 @@ def load_model(auto_class, name: str, device, **config_changes):
         for folder in adapters:
             from peft import PeftModel
             model.resize_token_embeddings(vocab_size)
-            model = PeftModel.from_pretrained(model, folder)
+            with warnings.catch_warnings():  # after these, the merged model is another one
+                for words in ("Found missing adapter keys", ".*tie_word_embeddings"):
+                    warnings.filterwarnings("error", words)
+                model = PeftModel.from_pretrained(model, folder)
             saved = model.peft_config["default"].modules_to_save or []
             model = model.merge_and_unload().requires_grad_(True)
             missing = [key for key in missing if key.rpartition(".")[0] not in saved]
@@ -471,11 +500,12 @@ def load_model(auto_class, name: str, device, **config_changes):
     except Exception as error:
         if adapters and isinstance(error, ImportError):
             raise UserError(f"{name}: is a LoRA adapter: pip install peft")
-        kind = auto_class.__name__.removeprefix("AutoModelFor")
         raise UserError(f"{name}: does not load as a {kind} model: {first_line(error)}")
-    other_head = [key for key in unexpected if key.startswith(("score.", "classifier."))]
-    if other_head and auto_class is AutoModelForCausalLM:  # tied embeddings pass for a head
-        raise UserError(f"{name}: not a causal LM: it has another head, {other_head[0]}")
+    if unexpected and (auto_class is AutoModelForCausalLM  # other models may get a new head
+                       or "SequenceClassification" in str(config.architectures)):
+        what = "causal LM" if auto_class is AutoModelForCausalLM else "reward model"
+        raise UserError(f"{name}: not a {what}: it has weights that {type(model).__name__} "
+                        f"lacks, {min(unexpected)}")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # some heads have one that no config names
             module.p = 0.0
@@ -499,6 +529,8 @@ def load_body(name: str, device):
     if "SequenceClassification" in str(load_config(name).architectures):
         model, missing = load_model(AutoModelForSequenceClassification, name, device,
                                     num_labels=1)
+        if not hasattr(model, "score"):
+            raise UserError(f"{name}: no critic: an encoder reads the tokens to come")
         weight = model.score.weight.detach() * (not missing)  # (1, D)
         bias = getattr(model.config, "reward_bias", 0.0)
     else:
@@ -516,7 +548,7 @@ def body_of(model):
 
 
 def embedding_rows(model) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+    return model.config.get_text_config().vocab_size
 
 
 def freeze(model, bf16: bool):
@@ -654,7 +686,7 @@ def check_forward(model):
     in a batch must agree, in the mode that the model is in. Then sets cache_is_exact: whether
     tokens one by one agree, as in sampling. If not, transformers' generate must agree."""
     def same(outputs, tolerance=1e-4):
-        return (outputs - truth).abs().max() < tolerance * truth.abs().max()
+        return (outputs - truth).abs().max() <= tolerance * truth.abs().max()
 
     def next_outputs(ids):
         return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[
@@ -797,15 +829,28 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     if name.endswith(".py"):
         raise UserError(f"{name}: name the function in it as well: {name}:FUNCTION")
     tokenizer = load_tokenizer(name)
+    if tokenizer.chat_template is None:
+        print(f"{name}: has no chat template: it reads a prompt's text and right after it the "
+              "completion's")
     model, missing = load_model(AutoModelForSequenceClassification, name, device)
     if model.config.num_labels != 1 or missing:
         raise UserError(f"{name}: not a reward model: it needs one label, and has "
                         + (f"no weights for {', '.join(sorted(missing))}" if missing else
                            f"{model.config.num_labels}"))
+    for kind in model.config.architectures or ():  # code of its own, or a score per token
+        if not hasattr(transformers, kind) or kind.endswith("TokenClassification"):
+            raise UserError(f"{name}: not a reward model, but a {kind}")
     freeze(model, bf16)
+    warned = []
 
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
-        texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
+        texts = [render(tokenizer, row["prompt"], c, whole=False)
+                 for row, c in zip(rows, completions)]
+        dropped = [c for c, text in zip(completions, texts) if not holds(text, c)]
+        if dropped and not warned:
+            warned.append(True)
+            print(f"{name}: its chat template drops a part of such completions (reasoning?), "
+                  f"and it scores the rest: {dropped[0][:60]!r}")
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             scores = score_texts(model, tokenizer, texts, tokens)
         for text in (text for text, score in zip(texts, scores) if not score.isfinite()):
@@ -859,7 +904,8 @@ def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
 
 def call_reward(name: str, function, rows: list[dict], completions: list[str], device):
     """(B,) float32 scores by a user's function, checked; nan where it returned None."""
-    names = dict.fromkeys(key for row in rows for key in row if key != "prompt_ids")
+    names = dict.fromkeys(key for row in rows for key in row if key not in (
+        "prompt_ids", "prompts", "completions"))
     columns = {key: [row.get(key) for row in rows] for key in names}
     prompts = columns.pop("prompt")
     answers = [c if isinstance(p, str) else [{"role": "assistant", "content": c}]

@@ -196,13 +196,13 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, eos_ids
         excess = max(0, len(prompt) + max(map(len, kept)) - longest)
         kept_prompt = without_beginning(tokenizer, prompt, excess)
         n_cut += (kept_prompt, kept) != (prompt, answers)
-        n_equal += kept[0] == kept[1]
-        if kept[0] != kept[1]:
+        n_equal += kept[0] == kept[1] or not all(kept)
+        if kept[0] != kept[1] and all(kept):
             pairs.append({**row, "prompt_ids": kept_prompt, "chosen_ids": kept[0],
                           "rejected_ids": kept[1]})
     if n_equal or n_cut:
         print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and "
-              f"{n_equal} left out because their answers are equal")
+              f"{n_equal} left out because their answers are equal or empty")
     if not pairs:
         raise UserError(f"{path}: no pair is left to learn from")
     return pairs

@@ -191,7 +191,8 @@ def rollout_values(critic, rollout: Rollout, micro_batches: list):
 def load_critic(args: Args, reward, tokenizer, device):
     """A value model from a reward model, whose head it takes over, or from a causal LM, with a
     head of zeros."""
-    fits = hasattr(reward, "model") and same_tokens(tokenizer, load_tokenizer(args.reward))
+    fits = hasattr(getattr(reward, "model", None), "score") and same_tokens(
+        tokenizer, load_tokenizer(args.reward))
     name = args.critic or (args.reward if fits else args.model)
     if not same_tokens(tokenizer, load_tokenizer(name)):
         raise UserError(f"--critic {name}: its tokenizer is not the policy's")

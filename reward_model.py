@@ -140,7 +140,7 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
     pairs, n_equal, n_cut = [], 0, 0
     for row, prompt, *whole in zip(rows, prompts, chosen, rejected):
         margin = row.get(margin_column) if margin_column else 0.0
-        if not isinstance(margin, (int, float)):
+        if not isinstance(margin, (int, float)) or not math.isfinite(margin):
             raise UserError(f"{path}: a row has no number in the column {margin_column!r}")
         # both lose the same beginning of the prompt, and an answer only what it has too much
         excess = max(0, max(map(len, whole)) - longest)
@@ -148,13 +148,13 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
         kept = [without_beginning(tokenizer, ids, max(cut, len(ids) - longest))
                 for ids in whole]
         n_cut += excess > 0
-        n_equal += kept[0] == kept[1]
+        n_equal += kept[0] == kept[1] or not all(kept)
         if kept[0] != kept[1] and all(kept):
             pairs.append({**row, "chosen_ids": kept[0], "rejected_ids": kept[1],
                           "prompt_length": len(prompt) - cut, "margin_of_pair": float(margin)})
     if n_equal or n_cut:
         print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and "
-              f"{n_equal} left out because their answers are equal")
+              f"{n_equal} left out because their answers are equal or empty")
     if not pairs:
         raise UserError(f"{path}: no pair is left to learn from")
     return pairs
