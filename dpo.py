@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from common import (UserError, completion_logprobs, context_length, encode, encode_prompts,
-                    eos_token_ids, load_causal_lm, load_pairs, load_tokenizer, pad,
-                    read_prompts, render, without_beginning)
+from common import (completion_logprobs, encode, encode_prompts, eos_token_ids, load_pairs,
+                    load_tokenizer, pad, read_prompts, render, without_beginning)
 from evaluation import Evaluator, sample_with_generate
+from modeling import UserError, context_length, load_causal_lm
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, SampleArgs,
                      Smoothing, all_sum, cli, gather_objects, global_means, reference_mode)
 

@@ -3,8 +3,8 @@ import json
 import math
 
 import torch
-from common import (Rollout, UserError, cache_works, eos_token_ids, generate_by_library,
-                    kl_estimate, masked_mean, pad, rollout_logprobs)
+from common import Rollout, eos_token_ids, kl_estimate, pad, rollout_logprobs
+from modeling import UserError, cache_works, generate_by_library
 from runtime import gather_objects, json_lines, reference_mode, write_whole
 
 

@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, get_scheduler
 
-from common import (Rollout, UserError, cache_argument, cache_works, completion_logprobs,
-                    eos_token_ids, kl_estimate, load_causal_lm, load_prompts, load_tokenizer,
-                    masked_mean, pad, rollout_logprobs)
+from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
+                    load_tokenizer, masked_mean, pad, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
+from modeling import UserError, cache_argument, cache_works, load_causal_lm
 from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run, all_sum, cli,
                      reference_mode)
 

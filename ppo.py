@@ -38,11 +38,11 @@ import torch.nn.functional as F
 from transformers import DynamicCache, get_scheduler
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from common import (Rollout, UserError, cache_argument, cache_works, completion_logprobs,
-                    completion_outputs, context_length, embedding_rows, eos_token_ids,
-                    kl_estimate, load_body, load_causal_lm, load_prompts, load_tokenizer,
-                    masked_whiten, pad, rollout_logprobs, same_tokens)
+from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
+                    load_tokenizer, masked_whiten, pad, rollout_logprobs, same_tokens)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
+from modeling import (UserError, cache_argument, cache_works, completion_outputs,
+                      context_length, embedding_rows, load_body, load_causal_lm)
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
 

@@ -31,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (UserError, check_room, context_length, embedding_rows, encode,
-                    encode_prompts, load_causal_lm, load_model, load_pairs, load_tokenizer,
-                    render, score_ids, score_texts, without_beginning)
+from common import (check_room, encode, encode_prompts, load_pairs, load_tokenizer, render,
+                    score_ids, score_texts, without_beginning)
 from evaluation import sample_with_generate
+from modeling import UserError, context_length, embedding_rows, load_causal_lm, load_model
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Smoothing,
                      all_sum, cli, gather_objects, global_means)
 

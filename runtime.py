@@ -33,9 +33,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from common import (UserError, check_room, embedding_rows, first_line, freeze, has_plain_head,
-                    load_causal_lm, load_reward, load_tokenizer, logprobs_of_whole,
-                    micro_batches, same_tokens)
+from common import (check_room, load_reward, load_tokenizer, logprobs_of_whole, micro_batches,
+                    same_tokens)
+from modeling import (UserError, embedding_rows, first_line, freeze, has_plain_head,
+                      load_causal_lm)
 
 # --- flags
 

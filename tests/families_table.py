@@ -14,7 +14,7 @@ warnings.filterwarnings("ignore")
 
 from transformers import logging
 
-from common import first_line
+from modeling import first_line
 from helpers import families
 
 logging.set_verbosity_error()

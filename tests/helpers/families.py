@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelF
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import common
+import modeling
 import grpo
 import ppo
 from helpers.unit import make_run, word_tokenizer
@@ -181,14 +182,14 @@ def use_cache(model, value: bool):
 
 
 def load(plain):
-    """The model as the scripts have it: saved, and loaded by common.load_causal_lm."""
+    """The model as the scripts have it: saved, and loaded by modeling.load_causal_lm."""
     with tempfile.TemporaryDirectory() as folder:
         saved = copy.deepcopy(plain)
         use_cache(saved, True)
         saved.save_pretrained(folder)
         if type(saved.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             saved.whole_config.save_pretrained(folder)
-        return common.load_causal_lm(folder, "cpu").eval()
+        return modeling.load_causal_lm(folder, "cpu").eval()
 
 
 @torch.no_grad()
@@ -385,16 +386,16 @@ def verdicts(name: str) -> dict:
     def verdict(call, tolerance):
         try:
             worst = call()
-        except common.UserError as error:
+        except modeling.UserError as error:
             return f"refused: {error}"
         except Exception as error:
-            return f"RAISED {type(error).__name__}: {common.first_line(error)}"
+            return f"RAISED {type(error).__name__}: {modeling.first_line(error)}"
         return f"{'ok' if worst < tolerance else 'WRONG'} {worst:.0e}"
     plain, models = tiny_model(name), []
     loading = verdict(lambda: models.append(load(plain)) or 0, 1)
     if not models:
         return {"loaded": loading}
-    if (limit := common.context_length(models[0])) < max(len(a + b) for a, b in ROWS):
+    if (limit := modeling.context_length(models[0])) < max(len(a + b) for a, b in ROWS):
         return {"loaded": loading, "rows": f"refused: they are longer than the context of {limit}"}
     found = {check: verdict(lambda: function(*models, plain), tolerance)
              for check, (function, tolerance) in CHECKS.items() if (name, check) not in EXCEPTIONS}

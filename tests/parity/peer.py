@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import modeling
 from common import pad, read_prompts
 from runtime import Run
 
@@ -110,7 +111,7 @@ def watch(patch) -> list[Update]:
 
 
 def in_float64(load_model):
-    """common.load_model in float64, with noise added to the second causal LM, the reference."""
+    """modeling.load_model in float64, with noise added to the second causal LM, the reference."""
     causal = 0
 
     def load(auto_class, *args, **kwargs):
@@ -128,7 +129,7 @@ def run(script, tmp_path, patches=(), **args) -> list[Update]:
     with pytest.MonkeyPatch.context() as patch:
         updates = watch(patch)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        load_model = in_float64(common.load_model)
+        load_model = in_float64(modeling.load_model)
         patch.setattr(common, "load_model", load_model)
         if hasattr(script, "load_model"):
             patch.setattr(script, "load_model", load_model)

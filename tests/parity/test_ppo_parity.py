@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 import common
+import modeling
 import ppo
 
 B, UPDATES = 8, 3
@@ -30,7 +31,7 @@ def train(tmp_path, **args):
     """TRL's run on one rollout: its variables at each update, and the updates of its policy and
     of its value model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "load_model", in_float64(common.load_model))
+        patch.setattr(common, "load_model", in_float64(modeling.load_model))
         critic = ppo.load_critic(ppo.Args(critic=CRITIC), None, tokenizer(), "cpu")
     scorer = AutoModelForSequenceClassification.from_pretrained(
         "tiny/reward_model", dtype=torch.float64)

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import common
+import modeling
 from helpers.runs import PAIRWISE, SCRIPTS, fails, read, run
 
 ONE_STEP = dict(steps=1, prompts_per_step=3, group_size=4, max_new_tokens=8, eval_prompts=2, data="@/prompts.jsonl")
@@ -249,7 +250,7 @@ def make_models(at: Path):
     weights.write_bytes(weights.read_bytes()[:1000])
     (model("weights-gone") / "model.safetensors").unlink()
     pickled = model("pickle")
-    torch.save(common.load_causal_lm("tiny/policy", "cpu").state_dict(), pickled / "pytorch_model.bin")
+    torch.save(modeling.load_causal_lm("tiny/policy", "cpu").state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     change(model("remote-code") / "config.json", model_type="theirs", auto_map={
         "AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"})

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
+import modeling
 import runtime
 from helpers.runs import (ENV, ON_POLICY, ROOT, SCRIPTS, checkpoints, command, fails, last_checkpoint, process, read,
                           rows_of_data, run, same_tensors, small_flags, without_times, write)
@@ -321,7 +322,7 @@ def test_a_run_that_fails_saves_what_it_has_trained(tmp_path, capsys):
 def test_a_failure_within_an_update_saves_nothing(tmp_path, capsys, monkeypatch):
     """Its weights would be those of no step."""
     def fail(self, model):
-        raise common.UserError("no more")
+        raise modeling.UserError("no more")
     monkeypatch.setattr(runtime.Run, "clip_grad_norm", fail)
     assert fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run")) == "no more"
     assert checkpoints(tmp_path / "run") == []

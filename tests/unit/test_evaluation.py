@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import modeling
 import evaluation
 import grpo
 from evaluation import Evaluator, length_controlled_win_rate, wilson_interval, win_rates
@@ -158,7 +159,7 @@ def test_metrics_of_a_rollout():
     assert list(found)[:2] == ["reward", "kl"]
     without = evaluation.rollout_metrics(some, scores, logprobs, entropy, logprobs, 2)
     assert without.keys() == expected.keys() - {"kl"}  # no reference, no KL
-    with pytest.raises(common.UserError, match="--reward: it left out every completion"):
+    with pytest.raises(modeling.UserError, match="--reward: it left out every completion"):
         evaluation.rollout_metrics(some, scores * nan, logprobs, entropy, logprobs, 2)
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import common
+import modeling
 import dpo
 import evaluation
 from helpers.unit import EOS, llama, refuses, word_tokenizer, write
@@ -246,7 +247,7 @@ def test_a_pad_id_out_of_range(tmp_path, pad_token_id):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad_token_id}))
-    loaded = common.load_causal_lm(str(tmp_path), "cpu")
+    loaded = modeling.load_causal_lm(str(tmp_path), "cpu")
     ids = torch.arange(5, 15)[None]
     assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
