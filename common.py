@@ -62,12 +62,11 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
             raise UserError(f"{where}: expected a JSON object, not {line.strip()[:40]}")
     if not rows:
         raise UserError(f"{path}: holds no rows")
-    unused = {"system", "tools", "chat_template_kwargs"} & {
-        column for _, row in rows
-        for column, value in row.items() if value and not isinstance(value, bool)}
-    if unused:
-        print(f"{path}: not part of the prompts: the columns {', '.join(sorted(unused))} (a "
-              "system prompt is the first of a prompt's messages)")
+    for column in ("system", "tools", "chat_template_kwargs"):  # which other libraries use
+        if any(row.get(column) and str(row[column]) not in str([
+                row.get(name) for name in row if name != column]) for _, row in rows):
+            print(f"{path}: the column {column!r} is not read: what the model shall see of it "
+                  "must be in the prompt's messages")
     return rows
 
 

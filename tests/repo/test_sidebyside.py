@@ -79,10 +79,10 @@ def test_each_shared_file_needs_only_those_before_it():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_imports_at_most_30_names_of_the_other_files(script):
+def test_a_script_imports_at_most_32_names_of_the_other_files(script):
     found = imported(read(script))
     names = [name for module in ("common", "modeling", "runtime", "evaluation") for name in found[module]]
-    assert 10 < len(names) <= 30, names
+    assert 10 < len(names) <= 32, names
 
 
 def test_the_checks_see_what_they_look_for():
