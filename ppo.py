@@ -201,8 +201,9 @@ def load_critic(args: Args, reward, tokenizer, device):
         logits=critic.score(outputs[0])))  # of the last hidden states, (B, T, 1)
     if context_length(critic) < context_length(args.model):
         raise UserError(f"--critic {name}: its context is shorter than the policy's")
-    if embedding_rows(critic) < tokenizer.embedded:  # the policy's vocabulary is padded
-        critic.resize_token_embeddings(tokenizer.embedded)
+    rows = getattr(tokenizer, "embedded", 0)  # of the policy, whose vocabulary may be padded
+    if embedding_rows(critic) < rows:
+        critic.resize_token_embeddings(rows)
     print(f"the critic starts from {name}")
     return critic
 

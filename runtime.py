@@ -651,6 +651,7 @@ class Run:
                 full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else None
             if self.rank == 0:
                 to_save.save_pretrained(part, state_dict=weights)
+                model.config.architectures = [type(model).__name__]
                 # beside an adapter, transformers would take its config for a whole model's
                 model.config.save_pretrained(part if to_save is model else part / "model")
                 self.tokenizer.save_pretrained(part)

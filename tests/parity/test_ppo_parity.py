@@ -31,7 +31,7 @@ def train(tmp_path, **args):
     """TRL's run on one rollout: its variables at each update, and the updates of its policy and
     of its value model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "load_model", in_float64(modeling.load_model))
+        patch.setattr(modeling, "load_model", in_float64(modeling.load_model))
         critic = ppo.load_critic(ppo.Args(critic=CRITIC), None, tokenizer(), "cpu")
     scorer = AutoModelForSequenceClassification.from_pretrained(
         "tiny/reward_model", dtype=torch.float64)
