@@ -3,6 +3,7 @@ reward model.
 
 Shapes: B completions, P prompt tokens (left-padded), T completion tokens (right-padded).
 """
+import asyncio
 import gzip
 import importlib.util
 import inspect
@@ -12,23 +13,17 @@ import re
 import sys
 import traceback
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, DynamicCache)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-
-class UserError(Exception):
-    """A mistake in a flag, a file, a model or a reward function; one line says what to do."""
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
+from modeling import (UserError, body_of, cache_works, completion_outputs, context_length,
+                      first_line, freeze, has_plain_head, load_config, load_model)
 
 # --- rows of data
 
@@ -49,7 +44,7 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
         raise UserError(f"{path}: no such file")
     try:
         opened = gzip.open if path.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a mark
             lines = [(f"{path}:{i}", line) for i, line in enumerate(file, 1) if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read as text: {error}")
@@ -67,59 +62,114 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
             raise UserError(f"{where}: expected a JSON object, not {line.strip()[:40]}")
     if not rows:
         raise UserError(f"{path}: holds no rows")
+    for column in ("system", "tools", "chat_template_kwargs"):  # which other libraries use
+        if any(row.get(column) and str(row[column]) not in str([
+                row.get(name) for name in row if name != column]) for _, row in rows):
+            print(f"{path}: the column {column!r} is not read: what the model shall see of it "
+                  "must be in the prompt's messages")
     return rows
 
 
-def is_conversation(value) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str)
-        and isinstance(m.get("content"), str) for m in value)
+def read_text(where: str, row: dict, column: str):
+    """A column's string, or its messages, with their parts of text joined."""
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    messages = []
+    for m in value if isinstance(value, list) and value else [None]:
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m):
+            raise UserError(f"{where}: {column!r} must be a string or a list of messages "
+                            "(role, content), and not empty")
+        if m.get("tool_calls"):
+            raise UserError(f"{where}: {column!r}: tool calls are not supported")
+        text = ""
+        for part in m["content"] if isinstance(m["content"], list) else [m["content"]]:
+            content = part.get("text") if isinstance(part, dict) else part
+            if not isinstance(content, str):
+                raise UserError(f"{where}: {column!r}: a message's content must be text, not "
+                                f"{json.dumps(part, default=str)[:60]}")
+            text += content
+        messages.append({**m, "content": text})
+    return messages
 
 
 def check_prompt(where: str, prompt, column: str):
-    if not (isinstance(prompt, str) and prompt.strip() or is_conversation(prompt)):
-        raise UserError(f"{where}: {column!r} must be a string or a list of messages (role, "
-                        "content), and not empty")
+    messages = as_messages(prompt)
+    if not messages or not str(prompt).strip():
+        raise UserError(f"{where}: {column!r} is missing or empty")
+    if messages[-1]["role"] == "assistant" and not str(prompt).endswith("\n\nAssistant:"):
+        raise UserError(f"{where}: the prompt ends with the assistant's turn: remove it")
 
 
-def read_prompts(path: str, column: str = "prompt") -> list[dict]:
+def read_prompts(path: str, column: str = "prompt", tokenizer=None) -> list[dict]:
     """Rows with `prompt` (a string or chat messages) and all their other columns. Preference
-    pairs that hold the prompt inside `chosen` and `rejected` give that prompt."""
+    pairs give the same prompt as in read_pairs."""
     rows = []
     for where, row in read_rows(path):
-        if column in row:
-            prompt = row[column]
-        elif "chosen" in row and "rejected" in row:
-            prompt, _, _ = split_pair(where, row["chosen"], row["rejected"])
+        if row.get("chosen") and row.get("rejected"):
+            prompt, _, _ = read_pair(where, row, column)
+        elif column in row:
+            prompt = read_text(where, row, column)
         else:
             raise UserError(f"{where}: no column {column!r}, only {', '.join(row)}: "
                             "set --prompt-column")
         check_prompt(where, prompt, column)
-        if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-            raise UserError(f"{where}: the prompt ends with the assistant's turn")
         rows.append({**row, "prompt": prompt})
+    warn_of_template(tokenizer, rows, path)
     return rows
 
 
-def read_pairs(path: str, column: str = "prompt") -> list[dict]:
+def read_pairs(path: str, column: str = "prompt", tokenizer=None) -> list[dict]:
     """Rows with `prompt` (a string or chat messages), `chosen` and `rejected` (strings), and
     all their other columns."""
-    rows = []
+    rows, left_out = [], []
     for where, row in read_rows(path):
         if "chosen" not in row or "rejected" not in row:
             raise UserError(f"{where}: pairs need columns 'chosen' and 'rejected', not only "
                             f"{', '.join(row)}")
-        prompt, chosen, rejected = row.get(column), row["chosen"], row["rejected"]
-        if prompt is None or is_conversation(chosen) and len(chosen) > 1:
-            prompt, chosen, rejected = split_pair(where, chosen, rejected)
-        chosen, rejected = (x[0]["content"] if is_conversation(x) and len(x) == 1 else x
-                            for x in (chosen, rejected))
+        prompt, chosen, rejected = read_pair(where, row, column)
         check_prompt(where, prompt, column)
-        if not (isinstance(chosen, str) and isinstance(rejected, str)):
-            raise UserError(f"{where}: 'chosen' and 'rejected' must be strings or lists of "
-                            "messages")
-        rows.append({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        if isinstance(row["chosen"], str) and any(
+                re.search(r"\n\n(Human|Assistant):", x) for x in (chosen, rejected)):
+            left_out.append(where)  # HH has a few: no reason to refuse all its other rows
+        else:
+            rows.append({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if all(str(row[side]).startswith(str(row["prompt"])) for row in rows
+           for side in ("chosen", "rejected")) and len(rows) > 1:
+        print(f"{path}: each answer begins with its prompt, which it will have twice: if that "
+              "is not meant, set --prompt-column to a name that no row has")
+    if left_out:
+        print(f"{path}: left out {len(left_out)} pairs with a further turn inside an answer "
+              f"(the first: {left_out[0]})")
+    warn_of_template(tokenizer, rows, path)
     return rows
+
+
+def read_pair(where: str, row: dict, column: str) -> tuple:
+    """(prompt, chosen answer, rejected answer). The prompt is the column's, followed by what
+    both conversations share and the column does not hold already."""
+    chosen, rejected = (read_text(where, row, side) for side in ("chosen", "rejected"))
+    prompt = [] if row.get(column) is None else read_text(where, row, column)
+    both = (chosen, rejected)
+    if prompt != [] and not all(str(x).startswith("\n\nHuman:") for x in both):
+        chosen, rejected = (  # beside a prompt, a string is an answer, if no transcript
+            [{"role": "assistant", "content": x}] if isinstance(x, str) else x for x in both)
+    shared, chosen, rejected = split_pair(where, chosen, rejected)
+    old, new = turns(prompt), turns(shared)
+    if any(new[i:i + len(old)] == old for i in range(len(new))):
+        return shared, chosen, rejected
+    # the prompt's last n messages are the first n that the conversations share
+    n = max(n for n in range(len(old) + 1) if old[len(old) - n:] == new[:n])
+    rest = as_messages(shared)[n:]
+    if rest and n == 0 and rest[0]["role"] in ("system", old[-1][0]):
+        raise UserError(f"{where}: chosen and rejected do not continue {column!r} (to ignore "
+                        "it, set --prompt-column to a name that no row has)")
+    return as_messages(prompt) + rest if rest else prompt, chosen, rejected
+
+
+def turns(prompt) -> list[tuple]:
+    """What messages are compared by."""
+    return [(m["role"], m["content"].strip()) for m in as_messages(prompt)]
 
 
 def split_pair(where: str, chosen, rejected) -> tuple:
@@ -129,9 +179,11 @@ def split_pair(where: str, chosen, rejected) -> tuple:
     transcripts at the last turn that both share, other strings at the last space of their
     common beginning.
     """
-    if is_conversation(chosen) and is_conversation(rejected):
-        if chosen[:-1] != rejected[:-1] or len(chosen) < 2:
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        if turns(chosen[:-1]) != turns(rejected[:-1]):
             raise UserError(f"{where}: chosen and rejected differ before their last message")
+        if not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+            raise UserError(f"{where}: chosen and rejected must end with the assistant's turn")
         return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings, or lists")
@@ -147,15 +199,22 @@ def split_pair(where: str, chosen, rejected) -> tuple:
 # --- tokenization
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model folder or hub id; without a pad token it pads with the end of
-    sequence, since masks tell what is padding."""
-    check_model(name)
+    """The tokenizer of a model folder or hub id. It needs no pad token: masks tell what is
+    padding."""
+    vocab_size = load_config(name).get_text_config().vocab_size
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise UserError(f"{name}: no tokenizer loads from it: {first_line(error)}")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.clean_up_tokenization_spaces = False  # decoded text is what was generated
+    tokenizer.embedded = vocab_size  # how many tokens the model embeds; encode compares
     return tokenizer
+
+
+def same_tokens(tokenizer, other) -> bool:
+    """Whether another tokenizer has the same ids, but for padding and tokens of its own."""
+    pad = {(tokenizer.pad_token, tokenizer.pad_token_id)}
+    return tokenizer.get_vocab().items() - pad <= other.get_vocab().items()
 
 
 def as_messages(prompt) -> list[dict]:
@@ -172,9 +231,24 @@ def as_messages(prompt) -> list[dict]:
     return messages if messages[-1]["content"] else messages[:-1]
 
 
-def render(tokenizer, prompt, completion: str | None = None) -> str:
+def warn_of_template(tokenizer, rows: list[dict], path: str):
+    """One line about the first prompt that begins with a mark of the chat template."""
+    for i, row in enumerate(rows if tokenizer else [], 1):
+        mark = re.match(r"<[^\s<>]+>|\[[A-Z_]+\]", turns(row["prompt"])[0][1])
+        if mark and mark[0] in render(tokenizer, "x"):
+            print(f"{path}: row {i}: the prompt begins with {mark[0]}, and the chat template "
+                  "is put around it once more: take its marks out of the file")
+            return
+
+
+def holds(text: str, completion: str) -> bool:
+    return "".join(completion.split()) in "".join(text.split())
+
+
+def render(tokenizer, prompt, completion: str | None = None, whole: bool = True) -> str:
     """The conversation in the tokenizer's chat template; without a completion, up to where the
-    assistant's turn begins. Without a template, the strings are concatenated."""
+    assistant's turn begins. Without a template, the strings are concatenated. With whole, a
+    template that drops a part of the completion is refused."""
     if tokenizer.chat_template is None:
         if not isinstance(prompt, str):
             raise UserError(f"{tokenizer.name_or_path}: has no chat template, so prompts must "
@@ -187,35 +261,61 @@ def render(tokenizer, prompt, completion: str | None = None) -> str:
     if completion is not None:
         messages = messages + [{"role": "assistant", "content": completion.strip()}]
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=completion is None)
     except Exception as error:  # templates raise anything, as on roles that do not alternate
         raise UserError(f"{tokenizer.name_or_path}: its chat template refuses the prompt "
                         f"{str(prompt)[:60]!r}: {first_line(error)}")
+    if whole and completion and not holds(text, completion):
+        raise UserError(f"{tokenizer.name_or_path}: its chat template drops a part of the "
+                        f"answer {completion[:60]!r} (its reasoning?): remove that part from "
+                        "the data, or change chat_template.jinja to keep it")
+    return text
 
 
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of rendered conversations. A chat template has written the special tokens."""
-    return tokenizer(texts, add_special_tokens=tokenizer.chat_template is None).input_ids
+    """Token ids of rendered conversations. A chat template has written the special tokens;
+    render has written the end of sequence, so what a tokenizer itself appends is removed."""
+    if tokenizer.chat_template is None:
+        rows = tokenizer(texts).input_ids
+        appended = tokenizer("").input_ids[-1:]
+        if appended == [tokenizer.eos_token_id] != [tokenizer.bos_token_id]:
+            rows = [ids[:-1] for ids in rows]
+    else:
+        rows = tokenizer(texts, add_special_tokens=False).input_ids
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if largest >= getattr(tokenizer, "embedded", math.inf):
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(f"{tokenizer.name_or_path}: the model embeds {tokenizer.embedded} "
+                        f"tokens, and its tokenizer has {token!r} (id {largest}): call "
+                        "resize_token_embeddings, and train what that adds")
+    return rows
+
+
+def without_beginning(tokenizer, ids: list[int], n: int) -> list[int]:
+    """Token ids without the first n, but with a leading <s> or [CLS], which models rely on."""
+    kept = ids[:1] if n and ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
+    return kept + ids[n + len(kept):]
 
 
 def load_prompts(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Training and held-out rows, each with its `prompt_ids`."""
     room = context_length(args.model) - args.max_new_tokens
-    rows = read_prompts(args.data, args.prompt_column)
+    rows = read_prompts(args.data, args.prompt_column, tokenizer)
     rows = encode_prompts(tokenizer, rows, args.data, room, args.max_prompt_tokens)
     if not args.eval_data:
         return hold_out(rows, args.eval_prompts, args.data, "--eval-prompts")
-    eval_rows = read_prompts(args.eval_data, args.prompt_column)[:args.eval_prompts]
+    eval_rows = read_prompts(args.eval_data, args.prompt_column, tokenizer)[:args.eval_prompts]
     return rows, encode_prompts(tokenizer, eval_rows, args.eval_data, room,
                                 args.max_prompt_tokens)
 
 
-def load_pairs(args) -> tuple[list[dict], list[dict]]:
+def load_pairs(args, tokenizer) -> tuple[list[dict], list[dict]]:
     """Training and held-out pairs."""
-    rows = read_pairs(args.data, args.prompt_column)
+    rows = read_pairs(args.data, args.prompt_column, tokenizer)
     if args.eval_data:
-        return rows, read_pairs(args.eval_data, args.prompt_column)[:args.eval_pairs]
+        eval_rows = read_pairs(args.eval_data, args.prompt_column, tokenizer)
+        return rows, eval_rows[:args.eval_pairs]
     return hold_out(rows, args.eval_pairs, args.data, "--eval-pairs")
 
 
@@ -249,9 +349,13 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
 
 
 def eos_token_ids(model, tokenizer, device="cpu") -> torch.Tensor:
-    """All tokens that end a completion: chat models have more than one."""
+    """All tokens that end a completion: chat models have more than one. The special token that
+    a chat template writes after an answer is one of them."""
     ids = model.generation_config.eos_token_id or []
-    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None, -1}
+    if tokenizer.chat_template is not None:
+        after = encode(tokenizer, [render(tokenizer, "a", "zqx").rpartition("zqx")[2]])[0]
+        ids |= set([i for i in after if i in tokenizer.all_special_ids][:1])
     return torch.tensor(sorted(ids), dtype=torch.long, device=device)
 
 
@@ -281,9 +385,15 @@ class Rollout:
         self.lengths = self.prompt_mask.sum(1) + lengths  # (B,), prompt and completion
         last = self.completion_ids.gather(1, lengths[:, None] - 1)[:, 0]
         self.truncated = ~torch.isin(last, self.eos_ids)  # (B,), hit the length limit
-        self.texts = self.tokenizer.batch_decode(
-            [ids[m.bool()] for ids, m in zip(self.completion_ids, self.mask)],
-            skip_special_tokens=True)
+        ends = (lengths - (~self.truncated).long()).tolist()  # without the end of sequence
+        completions = [ids[:end] for ids, end in zip(self.completion_ids.tolist(), ends)]
+        self.texts = self.tokenizer.batch_decode(completions)
+        if self.tokenizer.chat_template is None:  # some decoders drop a text's first space
+            last = self.prompt_ids[:, -1:].tolist()
+            both = self.tokenizer.batch_decode([a + b for a, b in zip(last, completions)])
+            for i, (text, before) in enumerate(zip(both, self.tokenizer.batch_decode(last))):
+                if text.startswith(before):
+                    self.texts[i] = text[len(before):]
 
     def tokens(self, rows):
         """What completion_logprobs needs of some rows."""
@@ -291,150 +401,7 @@ class Rollout:
                 self.mask[rows])
 
 
-# --- models
-
-def config_folder(name: str) -> str:
-    """Where a model's config is: a LoRA checkpoint of these scripts has it in `model`, since
-    transformers takes a folder with a config.json for a whole model."""
-    inner = Path(name) / "model"
-    return str(inner) if (inner / "config.json").is_file() else name
-
-
-def check_model(name: str):
-    if not Path(name).is_dir() and (
-            not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists()
-            or Path(name).parts[0] in ("tiny", "runs")):
-        raise UserError(f"{name}: no such model folder")
-    if Path(name).is_dir() and not (Path(config_folder(name)) / "config.json").is_file():
-        raise UserError(f"{name}: not a model: the folder has no config.json")
-
-
-def load_config(name: str, **changes):
-    """A model's config, with every kind of dropout set to 0."""
-    check_model(name)
-    try:
-        config = AutoConfig.from_pretrained(config_folder(name), **changes)
-    except Exception as error:
-        raise UserError(f"{name}: its config does not load: {first_line(error)}")
-    for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)  # eval() is not enough: checkpointing needs train()
-    return config
-
-
-def context_length(name: str) -> float:
-    """How many tokens a model reads at most."""
-    return max_positions(load_config(name))
-
-
-def max_positions(config) -> float:
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-def load_model(auto_class, name: str, device, **config_changes):
-    """(model, names of the weights it came without), in float32, from safetensors, without
-    dropout. A LoRA adapter is loaded with its base model and merged into it."""
-    config = load_config(name, **config_changes)
-    base, adapters = name, []
-    try:
-        while (adapter := Path(base) / "adapter_config.json").is_file():
-            adapters.insert(0, base)  # one may have been trained on top of another
-            base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        if adapters:
-            text_config = config.get_text_config()
-            vocab_size = text_config.vocab_size  # the base may have had fewer tokens
-            text_config.vocab_size = load_config(base).get_text_config().vocab_size
-        model, loading = auto_class.from_pretrained(
-            base, config=config, dtype=torch.float32, use_safetensors=True,
-            output_loading_info=True)
-        missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
-        for folder in adapters:
-            from peft import PeftModel
-            model.resize_token_embeddings(vocab_size)
-            model = PeftModel.from_pretrained(model, folder)
-            heads = model.peft_config["default"].modules_to_save or []
-            model = model.merge_and_unload().requires_grad_(True)
-            missing = [key for key in missing if key.partition(".")[0] not in heads]
-            unexpected = [f"{head}.weight" for head in heads if not hasattr(model, head)]
-            model.name_or_path = folder  # what a next adapter names as its base
-    except Exception as error:
-        if adapters and isinstance(error, ImportError):
-            raise UserError(f"{name}: is a LoRA adapter: pip install peft")
-        kind = auto_class.__name__.removeprefix("AutoModelFor")
-        raise UserError(f"{name}: does not load as a {kind} model: {first_line(error)}")
-    other_head = [key for key in unexpected if key.startswith(("score.", "classifier."))]
-    if other_head and auto_class is AutoModelForCausalLM:  # tied embeddings pass for a head
-        raise UserError(f"{name}: not a causal LM: it has another head, {other_head[0]}")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):  # some heads have one that no config names
-            module.p = 0.0
-    return model.to(device), missing
-
-
-def load_causal_lm(name: str, device):
-    model, missing = load_model(AutoModelForCausalLM, name, device)
-    if missing:
-        raise UserError(f"{name}: not a causal LM: it has no weights for "
-                        f"{', '.join(sorted(missing)[:3])}")
-    return model
-
-
-def freeze(model, bf16: bool):
-    """The model without gradients. With bf16 its matrices are kept as autocast would cast them
-    at each use: half their memory, and the same numbers."""
-    model.eval().requires_grad_(False)
-    head = model.get_output_embeddings()  # often shared with the embeddings
-    for name, module in model.named_modules():
-        is_head = module is head or name in ("score", "classifier")
-        if bf16 and isinstance(module, torch.nn.Linear) and not is_head:
-            module.to(torch.bfloat16)
-    return model
-
-
 # --- log-prob helpers
-
-def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask):
-    """What a network (a model or its body) puts out before each completion token: (B, T, ·).
-
-    prompt_ids, prompt_mask: (B, P); completion_ids, mask: (B, T). Positions are counted from a
-    row's first token, so that padding changes nothing. Rows with the same prompt share its
-    forward pass; their gradients add up through the cache.
-    """
-    def positions(mask):
-        return (mask.cumsum(1) - 1).clamp(min=0)
-
-    P, T = prompt_ids.shape[1], completion_ids.shape[1]
-    ids = torch.cat([prompt_ids, completion_ids], 1)[:, :-1]  # (B, P + T - 1)
-    attention_mask = torch.cat([prompt_mask, mask], 1)[:, :-1]  # (B, P + T - 1)
-    prompts, prompt_of = torch.cat([prompt_mask, prompt_ids], 1).unique(
-        dim=0, return_inverse=True)
-    checkpointing = network.training and any(  # it forbids a cache
-        getattr(m, "gradient_checkpointing", False) for m in network.modules())
-    # several processes must pass through their layers equally often, so they share nothing
-    if P == 1 or len(prompts) == len(ids) or checkpointing or dist.is_initialized():
-        # move each row to the left: padding then comes last, where no token attends to it
-        first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
-        place = torch.arange(int(attention_mask.sum(1).max()), device=ids.device)[None]
-        output = network(input_ids=ids.gather(1, (place + first).clamp(max=P + T - 2)),
-                         position_ids=place, use_cache=False)[0]  # (B, longest row, ·)
-        before = torch.arange(P - 1, P + T - 1, device=ids.device) - first  # (B, T)
-        return output[torch.arange(len(ids), device=ids.device)[:, None],
-                      before.clamp(max=output.shape[1] - 1)]
-    prompt_mask, prompt_ids = prompts[:, :P - 1], prompts[:, P:-1]  # (prompts, P - 1)
-    cache = DynamicCache(config=network.config)
-    network(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True,
-            position_ids=positions(prompt_mask), **cache_argument(network, cache))
-    cache.batch_select_indices(prompt_of)  # (B, ...)
-    return network(input_ids=ids[:, P - 1:], attention_mask=attention_mask, use_cache=True,
-                   position_ids=positions(attention_mask)[:, P - 1:],
-                   **cache_argument(network, cache))[0]
-
-
-def cache_argument(model, cache) -> dict:
-    """The keyword that passes a cache; transformers 5.24 renamed it from past_key_values."""
-    names = inspect.signature(model.forward).parameters
-    return {"cache" if "cache" in names else "past_key_values": cache}
-
 
 def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask,
                         temperature: float = 1.0):
@@ -456,7 +423,8 @@ def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temp
     in_completion = rows[-1].bool()
     tokens = rows[-2][in_completion]  # (N,), of all rows
     plain = has_plain_head(model)
-    hidden = completion_outputs(model.base_model if plain else model, *rows)  # (B, T, D)
+    hidden = completion_outputs(body_of(model) if plain else model, *rows,
+                                share=cache_works(model))  # (B, T, D)
     hidden = hidden[in_completion]  # (N, D)
     head = model.get_output_embeddings() if plain else torch.nn.Identity()
     chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
@@ -477,20 +445,6 @@ def token_logprobs(hidden, tokens, head, temperature: float):
     with torch.no_grad():
         entropy = -(log_softmax.exp() * log_softmax).sum(-1)
     return log_softmax.gather(-1, tokens[:, None])[:, 0], entropy
-
-
-@torch.no_grad()
-def has_plain_head(model) -> bool:
-    """Whether the logits are the head of the last hidden states and nothing more: Gemma 2,
-    Cohere and Granite cap or scale them. Checked once per model, on four tokens."""
-    if not hasattr(model, "plain_head"):
-        ids = torch.arange(4, device=model.device)[None]
-        logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False)[0]
-        model.plain_head = torch.allclose(
-            model.get_output_embeddings()(hidden), logits, rtol=0,
-            atol=1e-5 * logits.abs().max().item())
-    return model.plain_head
 
 
 def trim_padding(prompt_ids, prompt_mask, completion_ids, mask):
@@ -577,23 +531,47 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     if name.endswith(".py"):
         raise UserError(f"{name}: name the function in it as well: {name}:FUNCTION")
     tokenizer = load_tokenizer(name)
+    if tokenizer.chat_template is None:
+        print(f"{name}: has no chat template: it reads a prompt's text and right after it the "
+              "completion's")
     model, missing = load_model(AutoModelForSequenceClassification, name, device)
     if model.config.num_labels != 1 or missing:
         raise UserError(f"{name}: not a reward model: it needs one label, and has "
                         + (f"no weights for {', '.join(sorted(missing))}" if missing else
                            f"{model.config.num_labels}"))
+    for kind in model.config.architectures or ():  # code of its own, or a score per token
+        if not hasattr(transformers, kind) or kind.endswith("TokenClassification"):
+            raise UserError(f"{name}: not a reward model, but a {kind}")
     freeze(model, bf16)
+    warned = []
 
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
-        texts = [render(tokenizer, row["prompt"], c) for row, c in zip(rows, completions)]
+        texts = [render(tokenizer, row["prompt"], c, whole=False)
+                 for row, c in zip(rows, completions)]
+        dropped = [c for c, text in zip(completions, texts) if not holds(text, c)]
+        if dropped and not warned:
+            warned.append(True)
+            print(f"{name}: its chat template drops a part of such completions (reasoning?), "
+                  f"and it scores the rest: {dropped[0][:60]!r}")
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             scores = score_texts(model, tokenizer, texts, tokens)
         for text in (text for text, score in zip(texts, scores) if not score.isfinite()):
             raise UserError(f"{name}: its score is not finite for the conversation that ends "
                             f"{text[-60:]!r}: try --dtype float32")
         return scores
-    reward.model = model
+    reward.model, reward.tokenizer = model, tokenizer
     return reward
+
+
+def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
+    """Raises unless a reward model reads each prompt with max_new_tokens of a completion."""
+    longest = sorted(rows, key=lambda row: len(row["prompt_ids"]))[-100:]
+    texts = [render(tokenizer, row["prompt"], "a") for row in longest]
+    n = max(map(len, encode(tokenizer, texts))) + max_new_tokens
+    if n > context_length(model):
+        raise UserError(f"{tokenizer.name_or_path}: reads {context_length(model)} tokens, and "
+                        f"the longest prompt with --max-new-tokens {max_new_tokens} has {n}: "
+                        "lower it, or set --max-prompt-tokens")
 
 
 @torch.no_grad()
@@ -601,7 +579,7 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192) -> torch
     """(B,) float32 scores of rendered conversations, with `tokens` per micro-batch."""
     rows = encode(tokenizer, texts)
     lengths = torch.tensor([len(row) for row in rows])
-    limit = max_positions(model.config)
+    limit = context_length(model)
     if lengths.max() > limit:
         raise UserError(f"{tokenizer.name_or_path}: a conversation of {lengths.max()} tokens "
                         f"does not fit the reward model's context of {limit}: lower "
@@ -628,13 +606,16 @@ def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
 
 def call_reward(name: str, function, rows: list[dict], completions: list[str], device):
     """(B,) float32 scores by a user's function, checked; nan where it returned None."""
-    names = dict.fromkeys(key for row in rows for key in row if key != "prompt_ids")
+    names = dict.fromkeys(key for row in rows for key in row if key not in (
+        "prompt_ids", "prompts", "completions"))
     columns = {key: [row.get(key) for row in rows] for key in names}
     prompts = columns.pop("prompt")
     answers = [c if isinstance(p, str) else [{"role": "assistant", "content": c}]
                for p, c in zip(prompts, completions)]
     try:
         values = function(prompts=prompts, completions=answers, **columns)
+        if inspect.iscoroutine(values):  # in a thread, as a notebook has a loop in its own
+            values = ThreadPoolExecutor().submit(asyncio.run, values).result()
         values = list(values) if hasattr(values, "__iter__") else values
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]

@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from common import (UserError, completion_logprobs, context_length, encode, encode_prompts,
-                    eos_token_ids, load_causal_lm, load_pairs, load_tokenizer, pad,
-                    read_prompts, render)
+from common import (completion_logprobs, encode, encode_prompts, eos_token_ids, load_pairs,
+                    load_tokenizer, pad, read_prompts, render, without_beginning)
 from evaluation import Evaluator, sample_with_generate
+from modeling import UserError, context_length, load_causal_lm
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, SampleArgs,
                      Smoothing, all_sum, cli, gather_objects, global_means, reference_mode)
 
@@ -193,15 +193,16 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, eos_ids
         answers = [end_once(c[same:], eos_ids, tokenizer.eos_token_id) for c in conversations]
         room = longest - min(len(prompt), longest // 2)  # for the answers, at least half
         kept = [answer[:room] for answer in answers]
-        kept_prompt = prompt[-(longest - max(map(len, kept))):]
+        excess = max(0, len(prompt) + max(map(len, kept)) - longest)
+        kept_prompt = without_beginning(tokenizer, prompt, excess)
         n_cut += (kept_prompt, kept) != (prompt, answers)
-        n_equal += kept[0] == kept[1]
-        if kept[0] != kept[1]:
+        n_equal += kept[0] == kept[1] or not all(kept)
+        if kept[0] != kept[1] and all(kept):
             pairs.append({**row, "prompt_ids": kept_prompt, "chosen_ids": kept[0],
                           "rejected_ids": kept[1]})
     if n_equal or n_cut:
         print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and "
-              f"{n_equal} left out because their answers are equal")
+              f"{n_equal} left out because their answers are equal or empty")
     if not pairs:
         raise UserError(f"{path}: no pair is left to learn from")
     return pairs
@@ -210,7 +211,7 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, eos_ids
 def end_once(answer: list[int], eos_ids: list[int], eos_id: int) -> list[int]:
     """An answer up to its first end of sequence, without what a template writes after it."""
     n = next((n for n, token in enumerate(answer, 1) if token in eos_ids), 0)
-    return answer[:n] if n else answer + [eos_id]
+    return answer[:n] if n else answer + [eos_id] * (eos_id is not None)
 
 
 def answer_length(pair: dict) -> int:
@@ -250,17 +251,17 @@ def main(args: Args):
     # --- setup
     run = Run(args, __file__)
     tokenizer = load_tokenizer(args.model)
-    train_rows, eval_rows = load_pairs(args)
+    train_rows, eval_rows = load_pairs(args, tokenizer)
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
     reference = run.load_reference(policy)  # with LoRA, the policy itself
     eos_ids = eos_token_ids(policy, tokenizer).tolist()
-    longest = min(args.max_tokens or 2**31, context_length(args.model))
+    longest = min(args.max_tokens or 2**31, context_length(policy))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, eos_ids)
     eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
                              eos_ids)
-    prompts = (read_prompts(args.sample_data, args.prompt_column) if args.sample_data
-               else eval_rows)[:args.eval_prompts]
-    room = context_length(args.model) - args.max_new_tokens
+    prompts = (read_prompts(args.sample_data, args.prompt_column, tokenizer)
+               if args.sample_data else eval_rows)[:args.eval_prompts]
+    room = context_length(policy) - args.max_new_tokens
     prompts = encode_prompts(tokenizer, prompts, args.sample_data or args.data, room, room)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)

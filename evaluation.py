@@ -3,10 +3,8 @@ import json
 import math
 
 import torch
-from transformers import GenerationConfig
-
-from common import (Rollout, UserError, eos_token_ids, kl_estimate, masked_mean, pad,
-                    rollout_logprobs)
+from common import Rollout, eos_token_ids, kl_estimate, pad, rollout_logprobs
+from modeling import UserError, cache_works, generate_by_library
 from runtime import gather_objects, json_lines, reference_mode, write_whole
 
 
@@ -21,7 +19,7 @@ class Evaluator:
         self.run, self.rows, self.sample, self.tokenizer = run, rows, sample, tokenizer
         self.rewards = {"reward": reward} if reward else {}
         if run.args.gold:
-            self.rewards["gold"] = run.load_reward(run.args.gold)
+            self.rewards["gold"] = run.load_reward(run.args.gold, rows)
         self.baseline = []  # the reference's completions, sampled once
         path = run.dir / "baseline.jsonl"
         if run.args.resume and path.exists():
@@ -98,21 +96,22 @@ class Evaluator:
 def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int,
                          temperature: float = 1.0, batch_size: int = 64) -> Rollout:
     """One completion for the `prompt_ids` of each row by transformers' generate, for scripts
-    that do not sample in training. The model's own generation_config changes nothing here."""
+    that do not sample in training, and for models without a cache like attention's: these get
+    prompts of one length at a time, since recurrent layers may read padding."""
     eos_ids = eos_token_ids(model, tokenizer, model.device)
-    own, model.generation_config = model.generation_config, GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-        eos_token_id=eos_ids.tolist(), max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", model.device)
     completion_ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
     model.eval()
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        ids = model.generate(input_ids=prompt_ids[part], attention_mask=prompt_mask[part])
-        ids = ids[:, prompt_ids.shape[1]:]
+    lengths = prompt_mask.sum(1)
+    kinds = torch.zeros_like(lengths) if cache_works(model) else lengths
+    for part in [part for kind in kinds.unique()
+                 for part in (kinds == kind).nonzero()[:, 0].split(batch_size)]:
+        P = lengths[part].max()
+        ids = generate_by_library(
+            model, prompt_ids[part, -P:], prompt_mask[part, -P:], do_sample=True, top_k=0,
+            top_p=1.0, temperature=temperature, max_new_tokens=max_new_tokens,
+            eos_token_id=eos_ids.tolist() or None)[:, P:]
         completion_ids[part, :ids.shape[1]] = ids
-    model.generation_config = own
     ended = torch.isin(completion_ids, eos_ids).long()
     mask = (ended.cumsum(1) - ended == 0).long()  # up to and including the first end
     longest = mask.sum(1).max()
@@ -242,6 +241,7 @@ def distinct_ngrams(completion_ids, mask, n: int = 3):
 
 
 def shorten(text, width: int) -> str:
-    text = (text if isinstance(text, str) else text[-1]["content"]).replace("\n", " / ")
+    text = text if isinstance(text, str) else text[-1]["content"]
+    text = text.strip().replace("\n", " / ")
     return text if len(text) <= width else text[:width - 1] + "…"
 

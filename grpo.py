@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, get_scheduler
 
-from common import (Rollout, UserError, cache_argument, completion_logprobs, eos_token_ids,
-                    kl_estimate, load_causal_lm, load_prompts, load_tokenizer, masked_mean,
-                    pad, rollout_logprobs)
-from evaluation import Evaluator, rollout_metrics
+from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
+                    load_tokenizer, masked_mean, pad, rollout_logprobs)
+from evaluation import Evaluator, rollout_metrics, sample_with_generate
+from modeling import UserError, cache_argument, cache_works, load_causal_lm
 from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run, all_sum, cli,
                      reference_mode)
 
@@ -212,6 +212,10 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
     model.eval()
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
+        if not cache_works(model):  # as of Mamba and others with recurrent layers
+            rows = [row for row in rows for _ in range(group_size)]
+            return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
+                                        args.temperature, args.generate_batch_size)
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
                           args.max_new_tokens, args.temperature, eos_ids, generator)
                  for i in run.progress(range(0, len(rows), size))]
@@ -229,7 +233,7 @@ def main(args: Args):
     train_rows, eval_rows = load_prompts(args, tokenizer)
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
     reference = run.load_reference(policy)  # may be None; with LoRA, the policy itself
-    reward = run.load_reward(args.reward)
+    reward = run.load_reward(args.reward, train_rows + eval_rows)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup,

@@ -35,14 +35,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import (AutoModelForSequenceClassification, AutoModelForTokenClassification,
-                          DynamicCache, get_scheduler)
+from transformers import DynamicCache, get_scheduler
+from transformers.modeling_outputs import TokenClassifierOutput
 
-from common import (Rollout, UserError, cache_argument, completion_logprobs,
-                    completion_outputs, context_length, eos_token_ids, kl_estimate,
-                    load_causal_lm, load_model, load_prompts, load_tokenizer, masked_whiten,
-                    pad, rollout_logprobs)
-from evaluation import Evaluator, rollout_metrics
+from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
+                    load_tokenizer, masked_whiten, pad, rollout_logprobs, same_tokens)
+from evaluation import Evaluator, rollout_metrics, sample_with_generate
+from modeling import (UserError, cache_argument, cache_works, completion_outputs,
+                      context_length, embedding_rows, load_body, load_causal_lm)
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
 
@@ -174,7 +174,8 @@ def explained_variance(values, returns, mask):
 
 def completion_values(critic, prompt_ids, prompt_mask, completion_ids, mask):
     """The critic's value before each completion token, float32 (B, T), 0 where mask is 0."""
-    outputs = completion_outputs(critic, prompt_ids, prompt_mask, completion_ids, mask)
+    outputs = completion_outputs(critic, prompt_ids, prompt_mask, completion_ids, mask,
+                                 share=cache_works(critic))
     return outputs[..., 0].float() * mask
 
 
@@ -190,25 +191,21 @@ def rollout_values(critic, rollout: Rollout, micro_batches: list):
 def load_critic(args: Args, reward, tokenizer, device):
     """A value model from a reward model, whose head it takes over, or from a causal LM, with a
     head of zeros."""
-    vocab = tokenizer.get_vocab()
-    fits = hasattr(reward, "model") and load_tokenizer(args.reward).get_vocab() == vocab
+    fits = hasattr(getattr(reward, "model", None), "score") and same_tokens(
+        tokenizer, load_tokenizer(args.reward))
     name = args.critic or (args.reward if fits else args.model)
-    if load_tokenizer(name).get_vocab() != vocab:
+    if not same_tokens(tokenizer, load_tokenizer(name)):
         raise UserError(f"--critic {name}: its tokenizer is not the policy's")
-    if context_length(name) < context_length(args.model):
+    critic, critic.score = load_body(name, device)
+    critic.register_forward_hook(lambda critic, inputs, outputs: TokenClassifierOutput(
+        logits=critic.score(outputs[0])))  # of the last hidden states, (B, T, 1)
+    if context_length(critic) < context_length(args.model):
         raise UserError(f"--critic {name}: its context is shorter than the policy's")
+    rows = getattr(tokenizer, "embedded", 0)  # of the policy, whose vocabulary may be padded
+    if embedding_rows(critic) < rows:
+        critic.resize_token_embeddings(rows)
     print(f"the critic starts from {name}")
-    scorer, missing = load_model(AutoModelForSequenceClassification, name, device,
-                                 num_labels=1)
-    critic = AutoModelForTokenClassification.from_config(scorer.config, dtype=scorer.dtype)
-    setattr(critic, critic.base_model_prefix, scorer.base_model)
-    critic.dropout.p = 0.0
-    head = critic.score if hasattr(critic, "score") else critic.classifier  # GPT-2's name
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.constant_(head.bias, getattr(scorer.config, "reward_bias", 0.0))
-    if not missing:
-        head.weight.data.copy_(scorer.score.weight.data)
-    return critic.to(device)
+    return critic
 
 
 # --- generate
@@ -257,6 +254,10 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
     model.eval()
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
+        if not cache_works(model):  # as of Mamba and others with recurrent layers
+            rows = [row for row in rows for _ in range(group_size)]
+            return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
+                                        args.temperature, args.generate_batch_size)
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
                           args.max_new_tokens, args.temperature, eos_ids, generator)
                  for i in run.progress(range(0, len(rows), size))]
@@ -274,7 +275,7 @@ def main(args: Args):
     train_rows, eval_rows = load_prompts(args, tokenizer)
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
     reference = run.load_reference(policy)  # may be None; with LoRA, the policy itself
-    reward = run.load_reward(args.reward)
+    reward = run.load_reward(args.reward, train_rows + eval_rows)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup,

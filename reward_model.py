@@ -31,9 +31,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (UserError, context_length, encode, encode_prompts, load_causal_lm,
-                    load_model, load_pairs, load_tokenizer, render, score_ids, score_texts)
+from common import (check_room, encode, encode_prompts, load_pairs, load_tokenizer, render,
+                    score_ids, score_texts, without_beginning)
 from evaluation import sample_with_generate
+from modeling import UserError, context_length, embedding_rows, load_causal_lm, load_model
 from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Smoothing,
                      all_sum, cli, gather_objects, global_means)
 
@@ -114,11 +115,12 @@ def correlation(a, b) -> float:
 def load_scorer(name: str, tokenizer, device):
     """A model with one score, from a reward model, or from a causal LM with a new head."""
     model, missing = load_model(AutoModelForSequenceClassification, name, device, num_labels=1)
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         # transformers reads the score before the first pad token: it would be before the end
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
+        tokenizer.embedded = embedding_rows(model)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     for key in missing:  # the head: std 1 / sqrt(d + 1), so that scores begin near 1
         weight = model.get_parameter(key)
@@ -138,20 +140,21 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
     pairs, n_equal, n_cut = [], 0, 0
     for row, prompt, *whole in zip(rows, prompts, chosen, rejected):
         margin = row.get(margin_column) if margin_column else 0.0
-        if not isinstance(margin, (int, float)):
+        if not isinstance(margin, (int, float)) or not math.isfinite(margin):
             raise UserError(f"{path}: a row has no number in the column {margin_column!r}")
         # both lose the same beginning of the prompt, and an answer only what it has too much
         excess = max(0, max(map(len, whole)) - longest)
         cut = min(excess, len(prompt))
-        kept = [ids[cut:][-min(longest, 2**31):] for ids in whole]
+        kept = [without_beginning(tokenizer, ids, max(cut, len(ids) - longest))
+                for ids in whole]
         n_cut += excess > 0
-        n_equal += kept[0] == kept[1]
+        n_equal += kept[0] == kept[1] or not all(kept)
         if kept[0] != kept[1] and all(kept):
             pairs.append({**row, "chosen_ids": kept[0], "rejected_ids": kept[1],
                           "prompt_length": len(prompt) - cut, "margin_of_pair": float(margin)})
     if n_equal or n_cut:
         print(f"{path}: of {len(rows)} pairs, {n_cut} were cut to {longest} tokens, and "
-              f"{n_equal} left out because their answers are equal")
+              f"{n_equal} left out because their answers are equal or empty")
     if not pairs:
         raise UserError(f"{path}: no pair is left to learn from")
     return pairs
@@ -217,7 +220,7 @@ def main(args: Args):
     # --- setup
     run = Run(args, __file__)
     tokenizer = load_tokenizer(args.model)
-    train_rows, eval_rows = load_pairs(args)
+    train_rows, eval_rows = load_pairs(args, tokenizer)
     if args.eval_by and not any(args.eval_by in row for row in eval_rows):
         raise UserError(f"--eval-by {args.eval_by}: no held-out pair has that column")
     model = load_scorer(args.model, tokenizer, run.device)
@@ -229,12 +232,13 @@ def main(args: Args):
         except UserError as error:
             raise UserError(f"{error} (set --reference to a causal LM, or --bias-prompts 0)")
         reference_tokenizer = load_tokenizer(name)
-        room = context_length(name) - args.max_new_tokens
+        room = context_length(reference) - args.max_new_tokens
         chosen = torch.randperm(len(train_rows))[:args.bias_prompts]
         prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in chosen],
                                  args.data, room, min(args.max_tokens or room, room))
+        check_room(model, tokenizer, prompts, args.max_new_tokens)
     model = run.trainable(model)  # LoRA, FSDP
-    longest = min(args.max_tokens or 2**31, context_length(args.model))
+    longest = min(args.max_tokens or 2**31, context_length(model))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, args.margin_column)
     eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
                              args.margin_column)

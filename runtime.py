@@ -17,6 +17,8 @@ import threading
 import time
 import types
 import warnings
+import weakref
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -31,8 +33,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
-from common import (UserError, first_line, freeze, has_plain_head, load_causal_lm, load_reward,
-                    load_tokenizer, logprobs_of_whole, micro_batches)
+from common import (check_room, load_reward, load_tokenizer, logprobs_of_whole, micro_batches,
+                    same_tokens)
+from modeling import (UserError, embedding_rows, first_line, freeze, has_plain_head,
+                      load_causal_lm)
 
 # --- flags
 
@@ -150,6 +154,8 @@ def cli(main, Args, description: str):
     Args.__dataclass_fields__ = {  # --help lists the script's own flags first
         name: Args.__dataclass_fields__[name] for cls in Args.__mro__
         for name in inspect.get_annotations(cls)}
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a letter that a terminal lacks ends no run
     if {"-h", "--help"} & set(sys.argv):
         print(description)
     try:
@@ -170,10 +176,20 @@ def cli(main, Args, description: str):
             time.sleep(3)  # the first process says the same, unless this one fails alone
         line = str(error) if isinstance(error, UserError) else first_line(error)[:100]
         print(f"error: {line}{hint}", file=sys.stderr)
+        save_last_step()
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def save_last_step():
+    """Saves what a failed run has trained, unless it failed in the middle of an update."""
+    run = Run.newest and Run.newest()
+    if run and run.unsaved and run.world_size == 1:
+        with contextlib.suppress(UserError):
+            run.save(run.step_done)
+            print(f"saved step {run.step_done}; to continue: --resume {run.dir}")
 
 
 HINTS = {  # words of an error of torch -> what to do
@@ -247,9 +263,11 @@ class Bar(list):
 
 class Run:
     """One training run in this process: where it computes, and where it writes."""
+    newest = None  # for save_last_step
 
     def __init__(self, args: RunArgs, script: str):
-        self.args, self.state, self.frozen, self.trained = args, {"step": 0}, {}, {}
+        Run.newest, self.unsaved = weakref.ref(self), False
+        self.args, self.state, self.frozen, self.trained = args, {"step": 0, "rows": 0}, {}, {}
         self.step, self.steps = 0, getattr(args, "steps", 0)
         self.bf16 = self.stopped = False
         self._rows, self._orders, self._phases, self._interrupts = [], {}, [], []
@@ -314,9 +332,11 @@ class Run:
                 raise UserError("--lora-rank: pip install peft")
             if Path(model.name_or_path).is_dir():  # the adapter names its base model
                 model.name_or_path = str(Path(model.name_or_path).resolve())
-            heads = [name for name in ("score", "classifier") if hasattr(model, name)]
+            heads = {name for name in ("score", "classifier") if hasattr(model, name)}
+            heads |= set(getattr(model, "new_modules", ()))  # untrained, as BERT's pooler
             config = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,  # 2106.09685
-                                target_modules="all-linear", modules_to_save=heads or None)
+                                target_modules="all-linear",
+                                modules_to_save=sorted(heads) or None)
             # peft changes the model in place; in a tuple, its wrapper is not a submodule
             model.adapter = (get_peft_model(freeze(model, self.bf16), config),)
         if args.gradient_checkpointing:
@@ -332,16 +352,23 @@ class Run:
         if args.lora_rank and not args.reference:
             return policy
         model = load_causal_lm(name, self.device)
-        if load_tokenizer(name).get_vocab() != load_tokenizer(args.model).get_vocab():
+        tokenizer = load_tokenizer(args.model)
+        if not same_tokens(tokenizer, load_tokenizer(name)):
             raise UserError(f"--reference {name}: its tokenizer is not the policy's")
+        if embedding_rows(model) < tokenizer.embedded:
+            raise UserError(f"--reference {name}: embeds {embedding_rows(model)} tokens, and "
+                            f"the policy {tokenizer.embedded}: resize_token_embeddings")
         self.frozen["reference"] = self.shard(freeze(model, self.bf16))
         return model
 
-    def load_reward(self, name: str):
-        """common.load_reward with this run's device, precision and memory."""
+    def load_reward(self, name: str, rows: list[dict] = ()):
+        """common.load_reward with this run's device, precision and memory. Raises if it cannot
+        read a completion of one of the rows' prompts."""
         reward = load_reward(name, self.device, self.bf16, self.args.micro_batch_tokens)
         if hasattr(reward, "model"):
             self.frozen[Path(name).name] = reward.model
+            if rows:
+                check_room(reward.model, reward.tokenizer, rows, self.args.max_new_tokens)
         return reward
 
     def shard(self, model):
@@ -423,6 +450,8 @@ class Run:
     def batch(self, rows: list, step: int, size: int, passes: float = math.inf, length=None):
         """This process's share of the rows of a step. Each pass over the data has a new order;
         with length (a function of a row), rows of similar length are batched together."""
+        if not self._orders:
+            self._compare_rows(rows)
         self.step, n = step, len(rows)
         end = min(step * size, passes * n)
         end += -end % self.world_size  # in the last step, too, each process has as many
@@ -431,6 +460,16 @@ class Run:
             self._orders[epoch] = self._order(rows, size, epoch, length)
         self._rows = [rows[self._orders[place // n][place % n]] for place in places]
         return self._rows
+
+    def _compare_rows(self, rows: list):
+        """Says if a resumed run has other rows than before, or the same in other tokens."""
+        names = "prompt_ids", "chosen_ids", "rejected_ids"
+        tokens = [[row.get(name) for name in names] for row in rows if isinstance(row, dict)]
+        digest = zlib.crc32(repr(tokens).encode())
+        if self.state["rows"] not in (0, digest):
+            print(f"warning: {self.args.data} gives other prompts than when this run began: "
+                  "other rows, or a chat template that writes today's date")
+        self.state["rows"] = digest
 
     def _order(self, rows: list, size: int, epoch: int, length) -> list[int]:
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
@@ -458,6 +497,7 @@ class Run:
 
     def phase(self, name: str):
         """Starts the timer of a part of a step, for seconds_NAME."""
+        self.unsaved = self.unsaved and name != "update"
         self._phases.append((name, time.time()))
 
     def due(self, every: int, step: int) -> bool:
@@ -477,6 +517,7 @@ class Run:
         five. With a prefix they are an evaluation's; a step's get its seconds."""
         row = {prefix + name: float(f"{float(value):.5g}") for name, value in metrics.items()}
         if not prefix:
+            self.unsaved, self.step_done = True, step
             ends = [start for _, start in self._phases[1:]] + [time.time()]
             seconds = {f"seconds_{name}": end - start
                        for (name, start), end in zip(self._phases, ends)}
@@ -610,11 +651,13 @@ class Run:
                 full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else None
             if self.rank == 0:
                 to_save.save_pretrained(part, state_dict=weights)
+                model.config.architectures = [type(model).__name__]
                 # beside an adapter, transformers would take its config for a whole model's
                 model.config.save_pretrained(part if to_save is model else part / "model")
                 self.tokenizer.save_pretrained(part)
                 write_json(part / "resume/state.json", self.state | {"updates": updates})
                 part.rename(folder)
+                self.unsaved = False
                 for _, old in self.checkpoints()[:-self.args.keep_checkpoints]:
                     shutil.rmtree(old)
         except (Exception, dcp.api.CheckpointException) as error:  # each library has its own

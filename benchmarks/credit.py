@@ -44,7 +44,8 @@ def load_run(run_dir: str, reward):
     """Policy and critic of a run of ppo.py, and the tokenizer."""
     import ppo
     import torch.distributed.checkpoint as dcp
-    from common import load_causal_lm, load_tokenizer
+    from common import load_tokenizer
+    from modeling import load_causal_lm
     checkpoint = max(Path(run_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     policy, tokenizer = load_causal_lm(str(checkpoint), "cpu"), load_tokenizer("tiny/policy")
     critic = ppo.load_critic(ppo.Args(), reward, tokenizer, "cpu")

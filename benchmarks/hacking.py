@@ -90,7 +90,8 @@ def best_of_n(reward, gold) -> list[dict]:
     """Mean learned and gold reward of the best of n by the learned reward: unbiased estimates from SAMPLES completions
     per prompt. The KL is log n - (n - 1) / n (an upper bound: Beirami et al. 2024, arXiv:2401.01879)."""
     import grpo
-    from common import encode_prompts, eos_token_ids, load_causal_lm, load_tokenizer, pad
+    from common import encode_prompts, eos_token_ids, load_tokenizer, pad
+    from modeling import load_causal_lm
     tokenizer, policy = load_tokenizer("tiny/policy"), load_causal_lm("tiny/policy", "cpu").eval()
     held = read_jsonl(ROOT / "tiny/heldout.jsonl")[:ONLINE["eval_prompts"]]
     held = encode_prompts(tokenizer, held, "tiny/heldout.jsonl", 1000)

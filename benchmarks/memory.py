@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
+import modeling
 from grpo import Args as GRPOArgs  # noqa: E402
 from grpo import policy_loss  # noqa: E402
 from runtime import Run, reference_mode  # noqa: E402
@@ -95,7 +96,7 @@ def main(args: Args):
     reference = policy
     if not args.lora_rank:
         reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-        common.freeze(reference, run.bf16)
+        modeling.freeze(reference, run.bf16)
     policy.train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6, fused=True)
     prompts, completions = (torch.randint(vocabulary, (args.rows, tokens), device=device)

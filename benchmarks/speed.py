@@ -384,12 +384,13 @@ def sampling(args: Args, model_name: str):
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     import common
+    import modeling
     import grpo
     logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer = common.load_tokenizer(model_name)
-    model = common.load_causal_lm(model_name, args.device).to(getattr(torch, args.dtype)).eval()
+    model = modeling.load_causal_lm(model_name, args.device).to(getattr(torch, args.dtype)).eval()
     rows = common.read_prompts(args.data, args.prompt_column)[:args.prompts]
-    rows = common.encode_prompts(tokenizer, rows, args.data, common.context_length(model_name) - args.max_new_tokens)
+    rows = common.encode_prompts(tokenizer, rows, args.data, modeling.context_length(model_name) - args.max_new_tokens)
     prompts = [row["prompt_ids"] for row in rows]
     ids, mask = common.pad(prompts, "left", args.device, tokenizer.pad_token_id)
     eos_ids = common.eos_token_ids(model, tokenizer, args.device)
@@ -430,7 +431,7 @@ def sampling(args: Args, model_name: str):
                 with torch.no_grad():
                     rows = ways[way](True)
             except Exception as error:
-                print(f"{way:11} does not run here: {type(error).__name__}: {common.first_line(error)[:150]}")
+                print(f"{way:11} does not run here: {type(error).__name__}: {modeling.first_line(error)[:150]}")
                 del seconds[way]
                 continue
             if args.device != "cpu":

@@ -37,10 +37,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import (UserError, as_messages, context_length, encode_prompts,  # noqa: E402
-                    first_line, freeze, load_causal_lm, load_function, load_tokenizer,
-                    read_prompts)
+from common import as_messages, encode_prompts, load_function, load_tokenizer, read_prompts  # noqa: E402
 from evaluation import sample_with_generate, wilson_interval  # noqa: E402
+from modeling import UserError, context_length, first_line, freeze, load_causal_lm  # noqa: E402
 from runtime import NonNegInt, PosFloat, PosInt, Run, RunArgs, cli  # noqa: E402
 
 CHOICES = "1", "2", "=", "s"

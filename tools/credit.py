@@ -24,9 +24,9 @@ import torch.distributed.checkpoint as dcp
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import (UserError, kl_estimate, load_causal_lm, load_prompts,  # noqa: E402
-                    load_tokenizer, masked_whiten, rollout_logprobs)
+from common import kl_estimate, load_prompts, load_tokenizer, masked_whiten, rollout_logprobs  # noqa: E402
 from evaluation import shorten  # noqa: E402
+from modeling import UserError, load_causal_lm  # noqa: E402
 from runtime import PosInt, Run, RunArgs, cli, last_line, read_json, reference_mode  # noqa: E402
 
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import tyro  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import UserError  # noqa: E402
+from modeling import UserError  # noqa: E402
 from runtime import PosInt, RunArgs, cli  # noqa: E402
 
 # close to Okabe and Ito's hues, with a contrast of at least 3:1 to white and to GitHub's dark page

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
+from modeling import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 ON_POLICY = ["grpo.py", "ppo.py", "reinforce.py"]
 SCRIPTS = [*ON_POLICY, "dpo.py", "reward_model.py"]
-MODULES = ["common.py", "runtime.py", "evaluation.py"]
+MODULES = ["common.py", "modeling.py", "runtime.py", "evaluation.py"]
 MARK = re.compile(r"^\s*# (?:--- (.+)|(\d\. .+))$")
 
 

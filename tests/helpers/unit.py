@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification,
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
-from common import UserError, pad
+from common import pad
+from modeling import UserError
 from runtime import Run, RunArgs
 
 nan = float("nan")

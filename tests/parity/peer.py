@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
+import modeling
 from common import pad, read_prompts
 from runtime import Run
 
@@ -110,7 +110,7 @@ def watch(patch) -> list[Update]:
 
 
 def in_float64(load_model):
-    """common.load_model in float64, with noise added to the second causal LM, the reference."""
+    """modeling.load_model in float64, with noise added to the second causal LM, the reference."""
     causal = 0
 
     def load(auto_class, *args, **kwargs):
@@ -128,8 +128,8 @@ def run(script, tmp_path, patches=(), **args) -> list[Update]:
     with pytest.MonkeyPatch.context() as patch:
         updates = watch(patch)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
-        load_model = in_float64(common.load_model)
-        patch.setattr(common, "load_model", load_model)
+        load_model = in_float64(modeling.load_model)
+        patch.setattr(modeling, "load_model", load_model)
         if hasattr(script, "load_model"):
             patch.setattr(script, "load_model", load_model)
         for what in patches:
@@ -165,7 +165,7 @@ def run_on(script, tmp_path, rollout: Rollout, patches=(), **args) -> list[Updat
 
     data = write(tmp_path / "prompts.jsonl", prompts(len(numbers)))
     return run(script, tmp_path, [(script, "generate", generate), *patches,
-                                  (Run, "load_reward", lambda run, name: reward)],
+                                  (Run, "load_reward", lambda run, name, rows: reward)],
                data=data, eval_prompts=0, steps=1, prompts_per_step=len(numbers),
                group_size=size, max_new_tokens=LENGTH, **args)
 

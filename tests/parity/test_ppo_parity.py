@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 import common
+import modeling
 import ppo
 
 B, UPDATES = 8, 3
@@ -26,12 +27,21 @@ READ = ["queries", "responses", "sequence_lengths", "scores", "logprobs", "ref_l
         "pg_clipfrac_stats", "vf_clipfrac_stats"]
 
 
+class ValueModel(torch.nn.Module):
+    """A critic as TRL takes it."""
+    base_model_prefix = "model"
+
+    def __init__(self, body, head):
+        super().__init__()
+        self.model, self.score, self.config = body, head, body.config
+
+
 def train(tmp_path, **args):
     """TRL's run on one rollout: its variables at each update, and the updates of its policy and
     of its value model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "load_model", in_float64(ppo.load_model))
-        critic = ppo.load_critic(ppo.Args(critic=CRITIC), None, tokenizer(), "cpu")
+        patch.setattr(modeling, "load_model", in_float64(modeling.load_model))
+        critic = ValueModel(*modeling.load_body(CRITIC, "cpu"))  # of which ppo.load_critic makes ours
     scorer = AutoModelForSequenceClassification.from_pretrained(
         "tiny/reward_model", dtype=torch.float64)
     words = tokenizer()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import common
+import modeling
 import evaluation
 import reward_model
 import world
@@ -74,7 +75,7 @@ def judged(tmp_path):
 def other(tmp_path_factory):
     """A model with other answers: the policy with flatter probabilities."""
     folder = tmp_path_factory.mktemp("models") / "other"
-    model = common.load_causal_lm(str(ROOT / "tiny/policy"), "cpu")
+    model = modeling.load_causal_lm(str(ROOT / "tiny/policy"), "cpu")
     model.get_output_embeddings().weight.data.mul_(0.7)
     model.save_pretrained(folder)
     common.load_tokenizer(str(ROOT / "tiny/policy")).save_pretrained(folder)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import modeling
 import make
 import world
 from evaluation import sample_with_generate
@@ -39,7 +40,7 @@ def test_the_files_are_what_the_seed_gives(data, tmp_path):
 def test_sizes(data):
     assert sum(len(facts) for *_, facts in world.FAMILIES.values()) >= 200
     assert sum(p.stat().st_size for p in TINY.rglob("*") if p.is_file() and "__pycache__" not in str(p)) < 12e6
-    model = common.load_causal_lm("tiny/policy", "cpu")
+    model = modeling.load_causal_lm("tiny/policy", "cpu")
     assert model.num_parameters() < 1_000_000
 
 
@@ -73,7 +74,7 @@ def test_the_policy_has_the_size_that_its_code_gives(data):
     torch.manual_seed(0)
     tokenizer, rows = make.make_tokenizer(), data["sft"][:40]
     model = make.supervise(tokenizer, rows, 0, batch=20)
-    assert model.num_parameters() == common.load_causal_lm("tiny/policy", "cpu").num_parameters()
+    assert model.num_parameters() == modeling.load_causal_lm("tiny/policy", "cpu").num_parameters()
 
 
 def test_every_word_is_in_the_vocabulary(data):
@@ -134,7 +135,7 @@ def test_labels_follow_bradley_terry():
 def test_the_supervised_policy_can_improve(data):
     """Gold reward between 0.3 and 0.6 of a possible 1 on held-out prompts, and every fault in its samples."""
     tokenizer = common.load_tokenizer("tiny/policy")
-    model = common.load_causal_lm("tiny/policy", "cpu")
+    model = modeling.load_causal_lm("tiny/policy", "cpu")
     rows = common.encode_prompts(tokenizer, data["heldout"], "heldout", 144)
     torch.manual_seed(0)
     texts = sample_with_generate(model, rows, tokenizer, 48, batch_size=len(rows)).texts

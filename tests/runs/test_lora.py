@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import common
+import modeling
 import runtime
 from helpers.runs import (ON_POLICY, TORCHRUN, checkpoints, command, evaluations_of, fails, last_checkpoint, process,
                           read, rows_of_data, run, small_flags, steps_of, without_times)
@@ -32,7 +33,7 @@ def test_a_policy_is_trained_saved_merged_and_measured_against_itself(name, dtyp
     checkpoint = tmp_path / "run/checkpoint-2"
     assert (checkpoint / "adapter_model.safetensors").is_file() and not (checkpoint / "model.safetensors").exists()
 
-    merged = common.load_causal_lm(str(checkpoint), "cpu")
+    merged = modeling.load_causal_lm(str(checkpoint), "cpu")
     assert not hasattr(merged, "peft_config") and {p.dtype for p in merged.parameters()} == {torch.float32}
     base = AutoModelForCausalLM.from_pretrained("tiny/policy", dtype=torch.float32)
     beside = peft.PeftModel.from_pretrained(  # not merged
@@ -72,7 +73,7 @@ def test_a_checkpoint_loads_in_every_script(tmp_path, peft, capsys):
 def test_a_reward_model_is_saved_with_its_head_and_its_zero(tmp_path, peft):
     log = run("reward_model", tmp_path / "run", **LORA)
     checkpoint = str(last_checkpoint(tmp_path / "run"))
-    model, missing = common.load_model(AutoModelForSequenceClassification, checkpoint, "cpu")
+    model, missing = modeling.load_model(AutoModelForSequenceClassification, checkpoint, "cpu")
     assert not missing and model.config.reward_bias != 0 and model.config.num_labels == 1
     tokenizer = common.load_tokenizer(checkpoint)
     pairs = common.read_pairs(rows_of_data("reward_model", tmp_path))[-4:]
@@ -88,7 +89,7 @@ def test_a_reward_model_is_saved_with_its_head_and_its_zero(tmp_path, peft):
 
 def test_the_reference_is_the_policy_without_its_adapter(peft, tmp_path):
     args = runtime.RunArgs(lora_rank=2, device="cpu", run_dir=str(tmp_path / "run"))
-    model = common.load_causal_lm("tiny/policy", "cpu")
+    model = modeling.load_causal_lm("tiny/policy", "cpu")
     before = logits(model)
     model = runtime.Run(args, "test").trainable(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -126,10 +127,10 @@ def test_without_the_library_one_line_says_what_to_install(tmp_path, monkeypatch
 
 
 def test_matrices_as_autocast_casts_them_change_no_number():
-    model = common.load_causal_lm("tiny/policy", "cpu")
+    model = modeling.load_causal_lm("tiny/policy", "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         before = logits(model)
-        common.freeze(model, True)
+        modeling.freeze(model, True)
         assert torch.equal(logits(model), before)
     kinds = [p.dtype for p in model.parameters() if p.ndim == 2]
     assert kinds.count(torch.bfloat16) > len(kinds) // 2
@@ -151,3 +152,19 @@ def test_two_processes_train_the_adapter_of_one(peft, tmp_path):
         adapters = [load_file(last_checkpoint(tmp_path / folder / name) / "adapter_model.safetensors")
                     for folder in ("one", "two")]
         assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) >= 56
+
+
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+def test_an_encoder_without_a_pooler_becomes_a_reward_model_that_loads(kind, tmp_path, peft):
+    """Its pooler is new and random: it is trained and saved, not only its head."""
+    tokenizer = common.load_tokenizer("tiny/policy")
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32,
+                                  num_hidden_layers=2, num_attention_heads=2, pad_token_id=tokenizer.pad_token_id)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    log = run("reward_model", tmp_path / "run", model=str(tmp_path / "base"), bias_prompts=0, **LORA)
+    rows = common.read_pairs(rows_of_data("reward_model", tmp_path))[-4:]
+    reward = common.load_reward(str(last_checkpoint(tmp_path / "run")), "cpu")
+    chosen, rejected = (reward(rows, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected).mean().item()
+    assert loss == pytest.approx(evaluations_of(log)[-1]["eval_loss"], abs=1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common
+import modeling
 from helpers.runs import (ENV, ROOT, SCRIPTS, TORCHRUN, checkpoints, command, evaluations_of, process, read, steps_of,
                           tensors)
 
@@ -73,7 +73,7 @@ def test_one_run_folder_that_other_numbers_of_processes_resume(tmp_path, monkeyp
         "args.json", "metrics.jsonl", "samples.jsonl", "baseline.jsonl", "lock", "checkpoint-2"}
     assert json.loads((folder / "args.json").read_text())["ran_with"]["processes"] == 2
     assert len(read(folder / "samples.jsonl")) == 2 * 5 and len(read(folder / "baseline.jsonl")) == 5
-    model, before = common.load_causal_lm(str(folder / "checkpoint-2"), "cpu"), tensors("tiny/policy")
+    model, before = modeling.load_causal_lm(str(folder / "checkpoint-2"), "cpu"), tensors("tiny/policy")
     moved = [not torch.equal(weight, before[name]) for name, weight in model.state_dict().items() if name in before]
     assert all(moved) and len(moved) == len(before)
 

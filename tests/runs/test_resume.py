@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common
+import modeling
 import runtime
 from helpers.runs import (ENV, ON_POLICY, ROOT, SCRIPTS, checkpoints, command, fails, last_checkpoint, process, read,
                           rows_of_data, run, same_tensors, small_flags, without_times, write)
@@ -291,3 +292,47 @@ def test_weights_that_are_not_finite_end_the_run_in_one_line(tmp_path, capsys):
     run("grpo", tmp_path / "run", steps=1, eval_prompts=0)
     error = fails(capsys, "grpo", resume=tmp_path / "run", steps=4, lr=1e38, lr_schedule="constant_with_warmup")
     assert "not finite" in error
+
+
+REWARD = """calls = 0
+def reward(completions, **columns):
+    global calls
+    calls += 1
+    if calls == {}: raise ValueError("no more")
+    return [len(turns[-1]["content"]) for turns in completions]
+"""
+
+
+def test_a_run_that_fails_saves_what_it_has_trained(tmp_path, capsys):
+    """Far from any checkpoint, and it then goes on as if nothing had happened."""
+    flags = dict(steps=4, save_every=0, eval_every=0, eval_prompts=0, gold="")
+    for name, call in (("whole", 99), ("fails", 4)):
+        (tmp_path / f"{name}.py").write_text(REWARD.format(call))
+        flags[name] = f"{tmp_path / name}.py:reward"
+    whole, failing = flags.pop("whole"), flags.pop("fails")
+    run("grpo", tmp_path / "whole", reward=whole, **flags)
+    error = fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run", reward=failing, **flags))
+    assert "no more" in error and checkpoints(tmp_path / "run") == ["checkpoint-3"]
+    command("grpo", resume=tmp_path / "run", reward=whole)
+    assert same_tensors(tmp_path / "run/checkpoint-4", tmp_path / "whole/checkpoint-4")
+
+
+def test_a_failure_within_an_update_saves_nothing(tmp_path, capsys, monkeypatch):
+    """Its weights would be those of no step."""
+    def fail(self, model):
+        raise modeling.UserError("no more")
+    monkeypatch.setattr(runtime.Run, "clip_grad_norm", fail)
+    assert fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run")) == "no more"
+    assert checkpoints(tmp_path / "run") == []
+
+
+def test_a_resumed_run_says_that_its_prompts_have_changed(tmp_path, capsys):
+    """Other rows in a file as long as before, or a template that writes today's date."""
+    rows = [{"prompt": f"what is {word} ?"} for word in "a cat dog sun moon tea france paris".split()]
+    data = write(tmp_path / "rows.jsonl", *rows)
+    run("grpo", tmp_path / "run", data=data, gold="")
+    for n, (changed, warns) in enumerate([(rows, False), (rows[:1] * 2 + rows[2:], True)], 3):
+        write(tmp_path / "rows.jsonl", *changed)
+        capsys.readouterr()
+        command("grpo", resume=tmp_path / "run", steps=n)
+        assert ("gives other prompts than when this run began" in capsys.readouterr().out) == warns

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import modeling
 import runtime
 from helpers.runs import (GOLD, ON_POLICY, PAIRWISE, ROOT, SCRIPTS, checkpoints, command, evaluations_of, fails,
                           last_checkpoint, process, read, rows_of_data, run, same_tensors, small_flags, steps_of,
@@ -57,11 +58,11 @@ def test_a_misspelled_flag_is_named_and_nothing_runs(tmp_path, monkeypatch, caps
 
 
 def test_a_copied_file_runs_in_an_empty_folder(tmp_path):
-    """A script and the three files it imports. (One process runs all five: most of its time is imports.)"""
+    """A script and the four files it imports. (One process runs all five: most of its time is imports.)"""
     code = ["import os, runpy, sys"]
     for name in SCRIPTS:
         (folder := tmp_path / name).mkdir()
-        for file in (f"{name}.py", "common.py", "evaluation.py", "runtime.py"):
+        for file in (f"{name}.py", "common.py", "modeling.py", "evaluation.py", "runtime.py"):
             shutil.copy(ROOT / file, folder)
         write(folder / "rows.jsonl", *[{"prompt": f"what is {w} ?", "chosen": "yes .", "rejected": "no ."}
                                        for w in "a b c d e f".split()])
@@ -71,7 +72,7 @@ def test_a_copied_file_runs_in_an_empty_folder(tmp_path):
         argv += ["--eval-pairs", "2"] if name in PAIRWISE else [
             "--reward", "my.py:short", "--steps", "1", "--prompts-per-step", "2", "--group-size", "2"]
         argv += ["--bias-prompts", "2"] if name == "reward_model" else ["--eval-prompts", "2"]
-        code += ["for module in ('common', 'evaluation', 'runtime'):", "    sys.modules.pop(module, None)",
+        code += ["for module in ('common', 'modeling', 'evaluation', 'runtime'):", "    sys.modules.pop(module, None)",
                  f"os.chdir({str(folder)!r}); sys.path[0] = {str(folder)!r}", f"sys.argv = {[name, *argv]}",
                  f"runpy.run_path('{name}.py', run_name='__main__')",
                  f"assert sys.modules['runtime'].__file__.startswith({str(folder)!r})"]
@@ -80,9 +81,9 @@ def test_a_copied_file_runs_in_an_empty_folder(tmp_path):
 
 
 def test_a_mistake_is_an_exception_in_python_and_one_line_on_the_command_line(tmp_path, capsys):
-    with pytest.raises(common.UserError, match="--beta: must be at least 0"):
+    with pytest.raises(modeling.UserError, match="--beta: must be at least 0"):
         SCRIPTS["grpo"].Args(beta=-1.0)
-    with pytest.raises(common.UserError, match="nowhere: no such model folder"):
+    with pytest.raises(modeling.UserError, match="nowhere: no such model folder"):
         run("grpo", tmp_path / "run", model="tiny/nowhere")
     assert fails(capsys, "grpo", beta=-1.0) == "--beta: must be at least 0"
 
@@ -451,3 +452,12 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert events.Scalars("lr")[-1].value == pytest.approx(read(folder / "metrics.jsonl")[2]["lr"], rel=1e-5)
+
+
+def test_a_terminal_that_lacks_a_letter_ends_no_run(tmp_path):
+    """Samples and progress are shown as well as it can."""
+    data = write(tmp_path / "rows.jsonl", *[{"prompt": f"qu'est-ce qu'un caf\u00e9 {i} ?"} for i in range(8)])
+    done = process(sys.executable, "grpo.py", "--data", data, "--run-dir", tmp_path / "run", "--steps", "1", "--reward",
+                   "tiny/reward_model", "--prompts-per-step", "2", "--group-size", "2", "--eval-prompts", "4",
+                   PYTHONIOENCODING="ascii")
+    assert "caf? " in done.stdout and (tmp_path / "run/checkpoint-1/model.safetensors").exists()

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import common
+import modeling
 import dpo
 from dpo import dpo_loss, encode_pairs
 from helpers.unit import PAIRS, close, float64, make_run, refuses, word_tokenizer
@@ -184,7 +185,7 @@ def test_an_answer_that_was_cut_is_counted(tokenizer, capsys):
 
 @pytest.fixture(scope="module")
 def policy():
-    return common.load_causal_lm("tiny/policy", "cpu").eval()
+    return modeling.load_causal_lm("tiny/policy", "cpu").eval()
 
 
 @pytest.fixture
@@ -224,7 +225,7 @@ def losses(policy, reference, pairs, **flags):
 @pytest.fixture(scope="module")
 def other():
     """A policy that differs from the reference."""
-    model = common.load_causal_lm("tiny/policy", "cpu").eval()
+    model = modeling.load_causal_lm("tiny/policy", "cpu").eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import modeling
 import evaluation
 import grpo
 from evaluation import Evaluator, length_controlled_win_rate, wilson_interval, win_rates
@@ -158,7 +159,7 @@ def test_metrics_of_a_rollout():
     assert list(found)[:2] == ["reward", "kl"]
     without = evaluation.rollout_metrics(some, scores, logprobs, entropy, logprobs, 2)
     assert without.keys() == expected.keys() - {"kl"}  # no reference, no KL
-    with pytest.raises(common.UserError, match="--reward: it left out every completion"):
+    with pytest.raises(modeling.UserError, match="--reward: it left out every completion"):
         evaluation.rollout_metrics(some, scores * nan, logprobs, entropy, logprobs, 2)
 
 
@@ -255,7 +256,7 @@ def test_an_evaluation_compares_with_the_references_completions(tmp_path, capsys
     assert [row["step"] for row in samples] == [0] * 3 + [7] * 3
     assert all(row["completion"] == row["baseline"] for row in samples[:3])
     assert [row["baseline"] for row in samples[3:]] == [row["completion"] for row in read("baseline.jsonl")]
-    assert samples[3]["reward"] == 3 and samples[3]["prompt"] == "w0 w0" and samples[3]["completion"] == "w18 w19 w20"
+    assert samples[3]["reward"] == 3 and samples[3]["prompt"] == "w0 w0" and samples[3]["completion"] == " w18 w19 w20"
     assert "w0 w0 -> w18 w19 w20" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2F
                           GraniteForCausalLM, MistralConfig, MistralForCausalLM)
 
 import common
+import modeling
 from helpers.unit import COMPLETIONS, EOS, PAD, PROMPTS, V, batch, gpt2, llama, qwen2, word_tokenizer
 
 
@@ -98,7 +99,7 @@ def test_completions_of_one_prompt_share_its_forward_pass(model, prompts):
     model.double()
     rows = batch([prompts[i] for i in PROMPT_OF], SIX, left=1)
     weight = torch.randn(6, 6, dtype=torch.float64)
-    common.has_plain_head(model)
+    modeling.cache_works(model), modeling.has_plain_head(model)
     sizes = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: sizes.append(ids[0].numel()))
     shared = common.completion_logprobs(model, *rows)[0]
@@ -150,7 +151,7 @@ def test_empty_completions_are_zeros(model):
 def test_logits_are_computed_for_completions_only(model):
     """Logits of (B, P + T, V) would take most of a step's memory. The head sees the completions' tokens only, and
     no layer sees columns that are padding in every row."""
-    common.has_plain_head(model)
+    modeling.cache_works(model), modeling.has_plain_head(model)
     shapes = {}
     embedding = model.get_input_embeddings()
     embedding.register_forward_pre_hook(lambda _, args: shapes.update(body=args[0].shape))
@@ -164,7 +165,7 @@ def test_logits_in_chunks_change_no_number(model, monkeypatch):
     """Values, entropies and gradients, where the backward pass computes the logits again."""
     weight = torch.randn(len(PROMPTS), 6)
     results = []
-    common.has_plain_head(model)
+    modeling.cache_works(model), modeling.has_plain_head(model)
     for numbers in (2**26, 3 * V, 1):
         monkeypatch.setattr(common, "LOGITS_AT_ONCE", numbers)
         sizes = []
@@ -192,7 +193,7 @@ def test_capped_and_scaled_logits_are_the_models_own(other):
     """The head of the last hidden states alone would be silently wrong."""
     model = other().eval()
     logprobs, _ = common.completion_logprobs(model, *batch([PROMPTS[0]] * 4))
-    assert not common.has_plain_head(model)
+    assert not modeling.has_plain_head(model)
     for i, completion in enumerate(COMPLETIONS):
         logits = model(torch.tensor([PROMPTS[0] + completion])).logits[0, 2:-1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
@@ -201,7 +202,7 @@ def test_capped_and_scaled_logits_are_the_models_own(other):
 
 def test_log_softmax_is_float32_under_bfloat16(model):
     """bfloat16 has three digits; the probabilities of all tokens add up to 1 far more closely."""
-    common.has_plain_head(model)
+    modeling.cache_works(model), modeling.has_plain_head(model)
     head = []
     model.lm_head.register_forward_hook(lambda *args: head.append(args[-1].dtype))
     total = 0.0

@@ -3,12 +3,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import common
+import modeling
 from helpers.unit import V, gpt2, llama, refuses, save_reward_model
 
 
 def load(path):
-    return common.load_model(AutoModelForCausalLM, str(path), "cpu")
+    return modeling.load_model(AutoModelForCausalLM, str(path), "cpu")
 
 
 def test_dropout_is_off_in_train_mode(tmp_path):
@@ -35,7 +35,7 @@ def test_weights_are_float32(tmp_path):
 def test_context_length(tmp_path):
     for name, model in (("llama", llama()), ("gpt2", gpt2())):  # each has its own name for it
         model.save_pretrained(tmp_path / name)
-        assert common.context_length(str(tmp_path / name)) == 64
+        assert modeling.context_length(str(tmp_path / name)) == 64
 
 
 @pytest.mark.parametrize("name", [
@@ -68,13 +68,13 @@ def test_damaged_models(tmp_path, damage):
 def test_what_is_not_a_causal_lm(tmp_path, tokenizer):
     """Missing layers, or the head of a reward model, whose tied embeddings would pass for a language model's."""
     save_reward_model(tmp_path / "reward", tokenizer, tie_word_embeddings=True)
-    refuses(lambda: common.load_causal_lm(str(tmp_path / "reward"), "cpu"), tmp_path / "reward", "not a causal LM",
+    refuses(lambda: modeling.load_causal_lm(str(tmp_path / "reward"), "cpu"), tmp_path / "reward", "not a causal LM",
             "score.weight")
     model = llama()
     model.config.num_hidden_layers = 3  # one more than it has
     model.save_pretrained(tmp_path / "short")
-    refuses(lambda: common.load_causal_lm(str(tmp_path / "short"), "cpu"), "not a causal LM: it has no weights for")
-    _, missing = common.load_model(AutoModelForSequenceClassification, "tiny/policy", "cpu", num_labels=1)
+    refuses(lambda: modeling.load_causal_lm(str(tmp_path / "short"), "cpu"), "not a causal LM: it has no weights for")
+    _, missing = modeling.load_model(AutoModelForSequenceClassification, "tiny/policy", "cpu", num_labels=1)
     assert missing == {"score.weight"} or list(missing) == ["score.weight"]
 
 
@@ -83,7 +83,7 @@ def test_a_frozen_model_in_bfloat16_is_what_autocast_makes_of_it():
     model, ids = llama().eval(), torch.randint(V, (3, 9))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(ids).logits
-        frozen = common.freeze(model, bf16=True)
+        frozen = modeling.freeze(model, bf16=True)
         assert torch.equal(frozen(ids).logits, expected)
     assert not any(p.requires_grad for p in frozen.parameters())
     assert {m.weight.dtype for m in frozen.model.layers.modules() if isinstance(m, torch.nn.Linear)} == {torch.bfloat16}

@@ -9,6 +9,7 @@ from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2Fo
                           LlamaForTokenClassification)
 
 import common
+import modeling
 import ppo
 from helpers.unit import batch, close, float64, refuses, word_tokenizer
 
@@ -233,7 +234,7 @@ def load_critic(policy, **flags):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # their heads are named score and classifier
 def test_a_critic_from_a_reward_model_gives_its_scores(tmp_path, kind, bias):
     policy, name = save_policy(tmp_path / "policy"), save_reward_model(tmp_path / "rm", kind, bias)
-    scorer, _ = common.load_model(AutoModelForSequenceClassification, name, "cpu")
+    scorer, _ = modeling.load_model(AutoModelForSequenceClassification, name, "cpu")
     critic = load_critic(policy, critic=name)
     conversations = [a + b for a, b in zip(PROMPTS, COMPLETIONS)]
     with torch.no_grad():
@@ -269,10 +270,10 @@ def test_what_the_critic_starts_from(capsys, flags, expected):
     reward = common.load_reward(args.reward, "cpu")
     critic = ppo.load_critic(args, reward, common.load_tokenizer(args.model), "cpu")
     assert f"the critic starts from {expected}\n" in capsys.readouterr().out
-    source = common.load_config(expected)
-    start, _ = common.load_model(AutoModelForSequenceClassification, expected, "cpu", num_labels=1)
+    source = modeling.load_config(expected)
+    start, _ = modeling.load_model(AutoModelForSequenceClassification, expected, "cpu", num_labels=1)
     assert torch.equal(critic.get_input_embeddings().weight, start.get_input_embeddings().weight)
-    assert source.hidden_size == critic.config.hidden_size and critic.num_labels == 1
+    assert source.hidden_size == critic.config.hidden_size and critic.score.out_features == 1
 
 
 def test_a_reward_model_with_another_tokenizer_is_not_the_critics_start(tmp_path, capsys):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+import modeling
 import dpo
 import grpo
 import ppo
@@ -44,7 +45,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def policy():
-    return common.load_causal_lm("tiny/policy", "cpu").eval()
+    return modeling.load_causal_lm("tiny/policy", "cpu").eval()
 
 
 # --- rows and tokens
@@ -121,7 +122,7 @@ def test_cut_pairs_fit_and_keep_the_prompts_end_and_the_answers_beginning(prompt
     row = {"prompt": text(prompt), "chosen": text(answers[0]), "rejected": text(answers[1])}
     try:
         pair, = dpo.encode_pairs(WORDS, [row], "rows", longest, [0])
-    except common.UserError:  # only what is cut off differs, or one answer begins with the other
+    except modeling.UserError:  # only what is cut off differs, or one answer begins with the other
         n = longest - min(len(prompt), longest // 2)
         assert (answers[0] + [0])[:n] == (answers[1] + [0])[:n]
         return

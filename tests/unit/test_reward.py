@@ -1,4 +1,5 @@
 """common.py: rewards, by a user's function and by a reward model."""
+import asyncio
 import json
 import subprocess
 import sys
@@ -51,6 +52,18 @@ def reward(**keywords):
 def test_a_reward_function_may_return_any_numbers(tmp_path, value):
     reward = returning(tmp_path, value)
     assert reward([{"prompt": "a"}, {"prompt": "b"}], ["x", "yy"]).tolist() == [1, 2]
+
+
+def test_a_reward_function_may_be_a_coroutine(tmp_path):
+    """As TRL's, also where a loop is running already, as in a notebook."""
+    reward = reward_function(tmp_path, "import asyncio\nasync def reward(completions, **columns):\n"
+                             "    await asyncio.sleep(0)\n    return [len(c) for c in completions]")
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    assert reward(rows, ["x", "yy"]).tolist() == [1, 2]
+
+    async def notebook():
+        return reward(rows, ["x", "yy"])
+    assert asyncio.run(notebook()).tolist() == [1, 2]
 
 
 def test_a_reward_file_is_a_module(tmp_path):

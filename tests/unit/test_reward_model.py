@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import common
+import modeling
 import reward_model
 from helpers.unit import PAIRS, close, llama, make_run, refuses, word_tokenizer
 from reward_model import encode_pairs
@@ -221,7 +222,7 @@ def test_ties_count_half(tokenizer, pairs):
 def test_the_mean_score_of_the_references_completions_becomes_zero(tokenizer, capsys):
     model = reward_model.load_scorer("tiny/reward_model", tokenizer, "cpu")
     model.config.reward_bias = 3.0  # an earlier bias is replaced
-    reference = common.load_causal_lm("tiny/policy", "cpu")
+    reference = modeling.load_causal_lm("tiny/policy", "cpu")
     prompts = common.encode_prompts(tokenizer, PAIRS * 5, "rows", 150)
     run = make_run(reward_model.Args(device="cpu", max_new_tokens=16))
     reward_model.center(model, tokenizer, reference, prompts, tokenizer, run)

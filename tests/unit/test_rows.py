@@ -1,6 +1,7 @@
 """common.py: rows of data, in the forms that public data sets have."""
 import gzip
 import importlib.util
+import json
 import sys
 import types
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from helpers.unit import PAIRS, refuses, says, write
 USER = [{"role": "user", "content": "is it so ?"}]
 TURNS = [{"role": "system", "content": "be short"}, *USER,
          {"role": "assistant", "content": "no"}, {"role": "user", "content": "sure ?"}]
+SYSTEM, LAST = TURNS[:1], TURNS[-1:]
 A = "\n\nHuman: a\n\nAssistant:"  # the beginning of a transcript
 
 
@@ -34,12 +36,14 @@ def test_prompts_in_another_column(tmp_path):
 
 
 def test_prompts_of_pairs(tmp_path):
-    """The prompt is inside both answers, or in a column of its own."""
-    path = write(tmp_path / "rows.jsonl",
-                 {"chosen": A + " b", "rejected": A + " c"},
-                 {"chosen": USER + says("b"), "rejected": USER + says("c")},
-                 {"prompt": "hi", "chosen": "b", "rejected": "c"})
-    assert [row["prompt"] for row in common.read_prompts(path)] == [A, USER, "hi"]
+    """The prompt is inside both answers, in a column of its own, or in part in either: as read_pairs has it."""
+    rows = [row for row, _ in FORMS.values()]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    prompts = [row["prompt"] for row in common.read_prompts(path)]
+    assert prompts == [row["prompt"] for row in common.read_pairs(path)]
+    assert prompts == [prompt for _, (prompt, _, _) in FORMS.values()]
+    path = write(tmp_path / "rows.jsonl", {"prompt": "hi", "chosen": None, "rejected": None})  # of a merged data set
+    assert common.read_prompts(path)[0]["prompt"] == "hi"
 
 
 FORMS = {  # name: row, (prompt, chosen, rejected)
@@ -61,10 +65,41 @@ FORMS = {  # name: row, (prompt, chosen, rejected)
     "transcript of several turns": (
         {"chosen": A + " b" + A + " well yes", "rejected": A + " b" + A + " well no"},
         (A + " b" + A, " well yes", " well no")),
+    "transcript with two turns of the assistant": (
+        {"chosen": A + " b\n\nAssistant: yes", "rejected": A + " b\n\nAssistant: no"},
+        (A + " b\n\nAssistant:", " yes", " no")),
     "transcript with paragraphs in the answer": (
         {"chosen": A + " well\n\nyes", "rejected": A + " well\n\nno"}, (A, " well\n\nyes", " well\n\nno")),
     "plain strings, split at a space and not inside a word": (
         {"chosen": "the sky is blue", "rejected": "the sky is black"}, ("the sky is", " blue", " black")),
+    # a prompt beside whole conversations: nothing is lost and nothing is there twice
+    **{f"a prompt beside conversations: {name}": (
+        {"prompt": prompt, "chosen": shared + says("b"), "rejected": shared + says("c")}, (whole, "b", "c"))
+       for name, prompt, shared, whole in [
+           ("none", None, TURNS, TURNS),
+           ("the whole", TURNS, TURNS, TURNS),
+           ("their beginning", TURNS[:2], TURNS, TURNS),
+           ("their system prompt", SYSTEM, TURNS, TURNS),
+           ("their first question", "is it so ?", TURNS, TURNS),
+           ("their first question, with a space", "is it so ? ", TURNS, TURNS),
+           ("their last question", "sure ?", TURNS, TURNS),
+           ("a system prompt before them", SYSTEM, USER, SYSTEM + USER),
+           ("the history before them", TURNS[:3], LAST, TURNS),
+           ("one that holds them", TURNS, LAST, TURNS),
+           ("one that overlaps", TURNS[:2], TURNS[1:], TURNS),
+           ("a question that they go on from", "is it so ?", TURNS[2:], TURNS[1:]),
+           ("a transcript", A, [{"role": "user", "content": "a"}], [{"role": "user", "content": "a"}])]},
+    "a prompt beside transcripts": ({"prompt": "a", "chosen": A + " b", "rejected": A + " c"}, (A, " b", " c")),
+    "a transcript beside transcripts": ({"prompt": A, "chosen": A + " b", "rejected": A + " c"}, (A, " b", " c")),
+    "a transcript beside answers": ({"prompt": A, "chosen": " b", "rejected": " c"}, (A, " b", " c")),
+    "a system prompt beside transcripts": (
+        {"prompt": SYSTEM, "chosen": A + " b", "rejected": A + " c"},
+        (SYSTEM + [{"role": "user", "content": "a"}], " b", " c")),
+    "an answer about transcripts": (  # messages have no turns inside
+        {"prompt": USER, "chosen": says("it is" + A), "rejected": says("c")}, (USER, "it is" + A, "c")),
+    "messages are compared by role and content": (
+        {"prompt": [{**USER[0], "id": 1}], "chosen": [{**USER[0], "time": 2}, {**says("b")[0], "time": 4}],
+         "rejected": [{**USER[0], "time": 3}, *says("c")]}, ([{**USER[0], "time": 2}], "b", "c")),
 }
 
 
@@ -74,6 +109,50 @@ def test_pairs(tmp_path, name):
     row, (prompt, chosen, rejected) = FORMS[name]
     path = write(tmp_path / "rows.jsonl", {**row, "margin": 2})
     assert common.read_pairs(path) == [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 2}]
+
+
+def in_parts(messages: list[dict]) -> list[dict]:
+    """The same, each content as a list of two parts."""
+    return [{**m, "content": [{"type": "text", "text": m["content"][:2]}, {"type": "text", "text": m["content"][2:]}]}
+            for m in messages]
+
+
+def test_parts_of_text_are_joined(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {
+        "prompt": in_parts(SYSTEM), "chosen": in_parts(USER + says("b .")), "rejected": USER + in_parts(says("c ."))})
+    row = {"prompt": SYSTEM + USER, "chosen": "b .", "rejected": "c ."}
+    assert common.read_pairs(path) == [row]
+    assert common.read_prompts(write(tmp_path / "rows.jsonl", {"prompt": in_parts(TURNS)})) == [{"prompt": TURNS}]
+
+
+IMAGE = {"type": "image", "image": "cat.png"}
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("content", [
+    None, 3, IMAGE, [{"type": "text", "text": "a"}, IMAGE], [{"type": "text", "text": None}]], ids=str)
+def test_content_that_is_no_text_is_named(tmp_path, column, content):
+    row = {"prompt": USER, "chosen": says("b"), "rejected": says("c")}
+    row[column] = [{**row[column][0], "content": content}]
+    path = write(tmp_path / "rows.jsonl", row)
+    last = content[-1] if isinstance(content, list) else content
+    words = f"{path}:1: '{column}': a message's content must be text, not {json.dumps(last)}"
+    refuses(lambda: common.read_pairs(path), words)
+    refuses(lambda: common.read_prompts(path), words)
+
+
+@pytest.mark.parametrize("answer", [
+    " b\n\nHuman: d\n\nAssistant: e", " b\n\nHuman: d", "\n\nHuman: d", " b\n\nAssistant: e"])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_transcripts_that_part_before_their_last_turn_are_left_out(tmp_path, capsys, side, answer):
+    """A human's turn must not be trained as an answer. Anthropic's HH has such rows, so the others are kept."""
+    fine, other = {"chosen": A + " b", "rejected": A + " c"}, {"chosen": A + " c", "rejected": A + " c"}
+    path = write(tmp_path / "rows.jsonl", fine, {**other, side: A + answer}, fine,
+                 {"prompt": A, "chosen": " c", "rejected": " c", side: answer})
+    rows = common.read_pairs(path)
+    assert rows == [{"prompt": A, "chosen": " b", "rejected": " c"}] * 2
+    out = capsys.readouterr().out
+    assert f"{path}: left out 2 pairs" in out and f"{path}:2" in out and out.count("\n") == 1
 
 
 def test_pairs_with_the_prompt_in_another_column(tmp_path):
@@ -88,15 +167,18 @@ def test_pairs_with_the_prompt_in_another_column(tmp_path):
     ('"text"', "JSON object"),
     ("3", "JSON object"),
     ({"question": "a"}, "only question"),
-    ({"prompt": ""}, "not empty"),
-    ({"prompt": " \n"}, "not empty"),
+    ({"prompt": ""}, "'prompt' is missing or empty"),
+    ({"prompt": " \n"}, "'prompt' is missing or empty"),
+    ({"prompt": "\n\nHuman:"}, "'prompt' is missing or empty"),
     ({"prompt": []}, "not empty"),
     ({"prompt": None}, "'prompt' must be a string or a list of messages"),
     ({"prompt": 3}, "'prompt' must be a string or a list of messages"),
     ({"prompt": [{"role": "user"}]}, "messages"),
     ({"prompt": ["hi"]}, "messages"),
     ({"prompt": TURNS[:3]}, "ends with the assistant's turn"),
+    ({"prompt": A + " b"}, "ends with the assistant's turn"),
     ({"chosen": USER, "rejected": "text"}, "'chosen'"),
+    ({"chosen": 3, "rejected": "b"}, "'chosen' must be"),
 ])
 def test_bad_prompts_name_their_line(tmp_path, row, words):
     path = write(tmp_path / "rows.jsonl", {"prompt": "fine"}, "", row)
@@ -106,20 +188,38 @@ def test_bad_prompts_name_their_line(tmp_path, row, words):
 @pytest.mark.parametrize("row, words", [
     ({"prompt": "a", "chosen": "b"}, "'rejected'"),
     ({"prompt": "a", "completion": "b"}, "'chosen'"),
-    ({"prompt": "a", "chosen": 3, "rejected": "b"}, "must be strings"),
-    ({"prompt": "a", "chosen": "b", "rejected": None}, "must be strings"),
-    ({"prompt": "a", "chosen": [], "rejected": "b"}, "must be strings"),
-    ({"prompt": "", "chosen": "b", "rejected": "c"}, "not empty"),
+    ({"prompt": "a", "chosen": 3, "rejected": "b"}, "'chosen' must be a string or a list"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "'rejected' must be a string or a list"),
+    ({"prompt": "a", "chosen": [], "rejected": "b"}, "not empty"),
+    ({"prompt": "", "chosen": "b", "rejected": "c"}, "'prompt' is missing or empty"),
+    ({"prompt": "", "chosen": "a b", "rejected": "a c"}, "'prompt' is missing or empty"),
     ({"prompt": [3], "chosen": "b", "rejected": "c"}, "messages"),
-    ({"chosen": 3, "rejected": "b"}, "both be strings"),
+    ({"chosen": 3, "rejected": "b"}, "'chosen' must be a string or a list"),
     ({"chosen": "abc", "rejected": "abd"}, "beginning"),
     ({"chosen": "x", "rejected": "y"}, "beginning"),
     ({"chosen": USER + says("b"), "rejected": "text"}, "must both be"),
-    ({"chosen": says("b"), "rejected": says("c")}, "last message"),
+    ({"chosen": says("b"), "rejected": says("c")}, "'prompt' is missing or empty"),
     ({"chosen": USER + says("b"), "rejected": TURNS + says("c")}, "last message"),
     ({"chosen": TURNS + says("b"), "rejected": TURNS + says("c") + USER}, "last message"),
     # half of a conversation must not be taken for an answer
-    ({"prompt": USER, "chosen": says("b"), "rejected": says("c") + USER + says("d")}, "must be strings"),
+    ({"prompt": USER, "chosen": says("b"), "rejected": says("c") + USER + says("d")}, "last message"),
+    ({"prompt": USER, "chosen": USER + says("b"), "rejected": "c"}, "last message"),
+    # only the assistant's message is an answer
+    ({"chosen": TURNS, "rejected": TURNS[:3] + USER}, "end with the assistant's turn"),
+    ({"prompt": USER, "chosen": says("b"), "rejected": [{"role": "tool", "content": "c"}]},
+     "end with the assistant's turn"),
+    # and the prompt goes before it
+    ({"prompt": TURNS[:3], "chosen": "b", "rejected": "c"}, "prompt ends with the assistant's turn"),
+    ({"prompt": TURNS[:3], "chosen": says("b"), "rejected": says("c")}, "prompt ends with the assistant's turn"),
+    ({"chosen": TURNS[:3] + says("b"), "rejected": TURNS[:3] + says("c")}, "prompt ends with the assistant's turn"),
+    ({"prompt": A + " b", "chosen": "b", "rejected": "c"}, "prompt ends with the assistant's turn"),
+    # these are two conversations
+    ({"prompt": "what ?", "chosen": USER + says("b"), "rejected": USER + says("c")}, "do not continue 'prompt'"),
+    ({"prompt": LAST, "chosen": SYSTEM + USER + says("b"), "rejected": SYSTEM + USER + says("c")},
+     "do not continue 'prompt'"),
+    ({"prompt": [{"role": "system", "content": "be long"}], "chosen": TURNS + says("b"),
+      "rejected": TURNS + says("c")}, "do not continue 'prompt'"),
+    ({"prompt": "what ?", "chosen": A + " b", "rejected": A + " c"}, "do not continue 'prompt'"),
 ])
 def test_bad_pairs_name_their_line(tmp_path, row, words):
     fine = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -180,14 +280,14 @@ def test_hub_datasets(monkeypatch):
 
 # --- training and held-out rows
 
-def test_the_last_rows_are_held_out(tmp_path):
+def test_the_last_rows_are_held_out(tmp_path, tokenizer):
     path = write(tmp_path / "pairs.jsonl", *PAIRS)
     args = SimpleNamespace(data=path, eval_data="", eval_pairs=4, prompt_column="prompt")
-    assert common.load_pairs(args) == (PAIRS[:-4], PAIRS[-4:])
+    assert common.load_pairs(args, tokenizer) == (PAIRS[:-4], PAIRS[-4:])
     args.eval_pairs = len(PAIRS)
-    refuses(lambda: common.load_pairs(args), f"{path}: {len(PAIRS)} rows", "--eval-pairs 30", "--eval-data")
+    refuses(lambda: common.load_pairs(args, tokenizer), f"{path}: {len(PAIRS)} rows", "--eval-pairs 30", "--eval-data")
     args.eval_data, args.eval_pairs = write(tmp_path / "other.jsonl", *PAIRS[:3]), 2
-    assert common.load_pairs(args) == (PAIRS, PAIRS[:2])
+    assert common.load_pairs(args, tokenizer) == (PAIRS, PAIRS[:2])
     assert common.hold_out([1, 2], 0, "rows", "--flag") == ([1, 2], [])
 
 

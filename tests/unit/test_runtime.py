@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import common
+import modeling
 import dpo
 import grpo
 import ppo
@@ -137,7 +138,7 @@ def raising(error):
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (common.UserError("--this: is wrong"), 2, "error: --this: is wrong\n"),
+    (modeling.UserError("--this: is wrong"), 2, "error: --this: is wrong\n"),
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nto"), 2, "--micro-batch-tokens"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "--gradient-checkpointing"),
@@ -344,7 +345,7 @@ def test_bfloat16_is_chosen_where_it_is_faster(monkeypatch):
         run = run_of(dtype=dtype)
         run.trainable(small)
         return run.bf16
-    small = common.load_causal_lm("tiny/policy", "cpu")
+    small = modeling.load_causal_lm("tiny/policy", "cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     assert chosen("bfloat16") and not chosen("float32")
     assert not chosen("auto")  # for a small model the casts cost more than the products gain
@@ -379,7 +380,7 @@ def test_rows_with_outputs_that_are_not_finite_are_named():
         model.model.embed_tokens.weight[8] = nan
     model.lm_head.weight.grad = torch.full((V, 32), nan)
     refuses(lambda: run.clip_grad_norm(model), "step 1: the gradient is not finite", "'broken'", "'answered'", "--lr")
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(modeling.UserError) as error:
         run.clip_grad_norm(model)
     assert "'fine'" not in str(error.value)
     run.batch(rows[:1], 4, 1)
@@ -481,7 +482,7 @@ def test_files_are_written_whole(tmp_path):
 def test_the_memory_of_models_is_printed(tmp_path, capsys):
     """A trained weight takes 16 bytes: itself, its gradient and AdamW's two moments; a frozen one its own 4."""
     run, model = make_run(), llama()
-    run.trained, run.frozen = {"policy": (model, None, None)}, {"reference": common.freeze(llama(), False)}
+    run.trained, run.frozen = {"policy": (model, None, None)}, {"reference": modeling.freeze(llama(), False)}
     run._print_memory()
     policy, reference = capsys.readouterr().out.splitlines()
     n = sum(p.numel() for p in model.parameters())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import common
+import modeling
 import grpo
 import ppo
 import reinforce
@@ -14,7 +15,7 @@ SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce}
 
 @pytest.fixture(scope="module")
 def policy():
-    return common.load_causal_lm("tiny/policy", "cpu").eval()
+    return modeling.load_causal_lm("tiny/policy", "cpu").eval()
 
 
 def encoded(tokenizer, *prompts):
