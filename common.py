@@ -4,11 +4,13 @@ reward model.
 Shapes: B completions, P prompt tokens (left-padded), T completion tokens (right-padded).
 """
 import asyncio
+import copy
 import gzip
 import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -203,7 +205,7 @@ def load_tokenizer(name: str):
     padding."""
     vocab_size = load_config(name).get_text_config().vocab_size
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{name}: no tokenizer loads from it: {first_line(error)}")
     tokenizer.clean_up_tokenization_spaces = False  # decoded text is what was generated
@@ -525,8 +527,8 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     in its own chat template, with `tokens` per micro-batch; or file.py:function, called as TRL
     calls it: with `prompts`, `completions` and the rows' other columns.
     """
-    if re.search(r"\.py:\w+$", name):
-        function = load_function(name)
+    if callable(name) or re.search(r"\.py:\w+$", name):
+        function = name if callable(name) else load_function(name)
         return lambda rows, completions: call_reward(name, function, rows, completions, device)
     if name.endswith(".py"):
         raise UserError(f"{name}: name the function in it as well: {name}:FUNCTION")
@@ -612,22 +614,30 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
     prompts = columns.pop("prompt")
     answers = [c if isinstance(p, str) else [{"role": "assistant", "content": c}]
                for p, c in zip(prompts, completions)]
+    folder, dtype, grad = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
     try:
-        values = function(prompts=prompts, completions=answers, **columns)
+        values = function(**copy.deepcopy(dict(prompts=prompts, completions=answers, **columns)))
         if inspect.iscoroutine(values):  # in a thread, as a notebook has a loop in its own
             values = ThreadPoolExecutor().submit(asyncio.run, values).result()
-        values = list(values) if hasattr(values, "__iter__") else values
-    except Exception as error:
+        if hasattr(values, "__iter__") and not isinstance(values, (dict, set, str)):
+            values = list(values)
+    except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(f"{name}: raised {type(error).__name__}: {first_line(error)} "
-                        f"({last.filename}:{last.lineno})")
+        hint = f"{last.filename}:{last.lineno}"
+        if last.filename == __file__:  # it was not even entered
+            hint = "expected: function(prompts, completions, **columns)"
+        raise UserError(f"{name}: raised {type(error).__name__}: {first_line(error)} ({hint})")
+    finally:  # what it changed for the whole process
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
     try:
         scores = [math.nan if v is None else float(v) for v in values]
         valid = all(v is None or not isinstance(v, str) and abs(float(v)) <= torch.finfo().max
                     for v in values)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         scores, valid = [], False
-    if not valid:
+    if not valid or not isinstance(values, list):
         raise UserError(f"{name}: must return a list of finite numbers (None leaves a "
                         f"completion out), not {' '.join(str(values).split())[:60]}")
     if len(scores) != len(rows):
@@ -645,7 +655,7 @@ def load_function(name: str):
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look up their module there
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: cannot be imported: {type(error).__name__}: "
                         f"{first_line(error)}")
     if not callable(getattr(module, function, None)):

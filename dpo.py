@@ -112,17 +112,17 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float,
     simpo: mean log-probs and no reference (Meng et al. 2024, eq. 6).
     """
     if loss_type == "simpo":
-        z = beta * (chosen - rejected) - margin
+        z = beta * (chosen - rejected)
     else:
         z = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     if loss_type == "hinge":
         return (1 - z).relu()
     if loss_type == "ipo":
         return (z / beta - 1 / (2 * beta)).square()
-    e = label_smoothing
+    loss, swapped, e = -F.logsigmoid(z - margin), -F.logsigmoid(-z - margin), label_smoothing
     if robust:
-        return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
-    return -(1 - e) * F.logsigmoid(z) - e * F.logsigmoid(-z)
+        return ((1 - e) * loss - e * swapped) / (1 - 2 * e)
+    return (1 - e) * loss + e * swapped
 
 
 def pair_logprobs(model, pairs: list[dict], device):

@@ -206,9 +206,10 @@ def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
         gather_objects(columns.tolist()), dtype=torch.float64).T
     if scores.isnan().all():
         raise UserError("--reward: it left out every completion of a step")
-    groups = scores.view(-1, group_size)
-    flat = groups.amax(1) - groups.amin(1) < 1e-4
-    all_right = flat & ((groups[:, 0] - 1).abs() < 1e-4)
+    groups = scores.view(-1, group_size)  # nan: no score
+    highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
+    flat = highest - lowest < 1e-4
+    all_right = flat & ((highest - 1).abs() < 1e-4)
     return {"reward": scores.nanmean(), **({"kl": kl[0].mean()} if kl else {}),
             "length": lengths.mean(), "truncated": truncated.mean(),
             "entropy": entropy.sum() / lengths.sum(),
@@ -243,5 +244,6 @@ def distinct_ngrams(completion_ids, mask, n: int = 3):
 def shorten(text, width: int) -> str:
     text = text if isinstance(text, str) else text[-1]["content"]
     text = text.strip().replace("\n", " / ")
+    text = "".join(c if c.isprintable() else " " for c in text)  # terminals obey some others
     return text if len(text) <= width else text[:width - 1] + "…"
 

@@ -22,7 +22,10 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    try:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception:  # it cannot be shown
+        return type(error).__name__
 
 
 # --- loading
@@ -34,7 +37,10 @@ def config_folder(name: str) -> str:
     if (inner / "config.json").is_file():
         return str(inner)
     if adapter.is_file() and not (Path(name) / "config.json").is_file():  # of another library
-        return config_folder(json.loads(adapter.read_text())["base_model_name_or_path"])
+        try:
+            return json.loads(adapter.read_text())["base_model_name_or_path"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{adapter}: names no base model: {first_line(error)}")
     return name
 
 
@@ -42,7 +48,8 @@ def check_model(name: str):
     if not Path(name).is_dir() and (
             not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists()
             or Path(name).parts[0] in ("tiny", "runs")):
-        raise UserError(f"{name}: no such model folder")
+        hint = " (set --model, --data and --reward)" if name.startswith("tiny/") else ""
+        raise UserError(f"{name}: no such model folder{hint}")
     if Path(name).is_dir() and not (Path(name) / "adapter_config.json").is_file() and not (
             Path(name) / "config.json").is_file():
         raise UserError(f"{name}: not a model: the folder has no config.json")
@@ -52,7 +59,8 @@ def load_config(name: str, **changes):
     """A model's config, with every kind of dropout set to 0."""
     check_model(name)
     try:
-        config = AutoConfig.from_pretrained(config_folder(name), **changes)
+        config = AutoConfig.from_pretrained(config_folder(name), trust_remote_code=False,
+                                            **changes)
     except Exception as error:
         raise UserError(f"{name}: its config does not load: {first_line(error)}")
     config.return_dict, config.output_router_logits = True, False  # outputs as we read them
@@ -96,7 +104,7 @@ def load_model(auto_class, name: str, device, **config_changes):
             text_config.vocab_size = load_config(base).get_text_config().vocab_size
         model, loading = auto_class.from_pretrained(
             base, config=config, dtype=torch.float32, use_safetensors=True,
-            output_loading_info=True)
+            output_loading_info=True, trust_remote_code=False)
         missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
         for folder in adapters:
             from peft import PeftModel
@@ -274,6 +282,8 @@ def check_forward(model):
         exact = same(completion_outputs(model.train(training), *tokens, share=False))
     except Exception as error:
         raise UserError(f"{kind} does not run on token ids alone: {first_line(error)}")
+    if not truth.isfinite().all():
+        raise UserError(f"{kind}: its outputs are not finite")
     if not exact:
         raise UserError(f"{kind} gives a row other outputs in a batch, or in train mode, than "
                         "alone: its log-probs would be wrong")

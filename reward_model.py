@@ -85,11 +85,11 @@ def pair_loss(chosen, rejected, margin=0.0, label_smoothing: float = 0.0,
     """Bradley-Terry loss of each pair, (B,), from the scores of its two answers, (B,) each.
 
     margin: (B,) or 0, how far r_w must exceed r_l (Llama 2, arXiv:2307.09288, eq. 2).
-    label_smoothing e: the expected loss if a fraction e of labels is wrong (cDPO, Mitchell
+    label_smoothing e: the expected loss if a fraction e of the pairs is swapped (cDPO, Mitchell
     2023). centering: Eisenstein et al. 2023, arXiv:2312.09244.
     """
-    z = chosen - rejected - margin
-    loss = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    z, e = chosen - rejected, label_smoothing
+    loss = -(1 - e) * F.logsigmoid(z - margin) - e * F.logsigmoid(-z - margin)
     return loss + centering * (chosen + rejected).square()
 
 
@@ -205,15 +205,19 @@ def center(model, tokenizer, reference, prompts: list[dict], reference_tokenizer
     """Puts the zero of the scale at the mean score of the reference's completions."""
     run.generator(0)  # the same completions each time
     with run.autocast():
-        texts = sample_with_generate(reference, prompts, reference_tokenizer,
-                                     run.args.max_new_tokens).texts
-        texts = gather_objects(texts if run.rank == 0 else [])  # the same in all processes
-        texts = [render(tokenizer, row["prompt"], text) for row, text in zip(prompts, texts)]
+        rollout = sample_with_generate(reference, prompts, reference_tokenizer,
+                                       run.args.max_new_tokens)
+        # the same in all processes; one that was cut would be scored as if it had ended there
+        ended = gather_objects([(row["prompt"], text) for row, text, cut in zip(
+            prompts, rollout.texts, rollout.truncated) if not cut] if run.rank == 0 else [])
+        if not ended:
+            raise UserError("--max-new-tokens: no completion of the reference ends before")
+        texts = [render(tokenizer, *both, whole=False) for both in ended]
         mean = score_texts(model.eval(), tokenizer, texts, run.args.micro_batch_tokens).mean()
     bias = getattr(model.config, "reward_bias", 0.0) - mean.item()
     model.config.reward_bias = bias
     print(f"reward_bias {bias:.4f}: {len(texts)} completions of the reference now have mean "
-          "score 0")
+          f"score 0 (of {len(prompts)}, the others did not end)")
 
 
 def main(args: Args):

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -21,7 +22,7 @@ import weakref
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -58,8 +59,8 @@ class RunArgs:
     """learning rate after the warmup"""
     warmup: NonNegInt = 0
     """updates of linear warmup (0 to 100)"""
-    max_grad_norm: PosFloat = 1.0
-    """gradients with a larger norm are scaled down to it"""
+    max_grad_norm: NonNegFloat = 1.0
+    """gradients with a larger norm are scaled down to it (0: none are)"""
 
     micro_batch_tokens: PosInt = 8192
     """tokens per pass, padding included: sets memory, not results (16384 to 65536 on a GPU)"""
@@ -92,6 +93,8 @@ class RunArgs:
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag}: must be a finite number")
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise UserError(f"{flag}: must be one of {', '.join(get_args(hint))}")
             for bound in getattr(hint, "__metadata__", ()):
                 if bound in BOUNDS and not BOUNDS[bound](value):
                     raise UserError(f"{flag}: must be {bound}")
@@ -154,8 +157,7 @@ def cli(main, Args, description: str):
     Args.__dataclass_fields__ = {  # --help lists the script's own flags first
         name: Args.__dataclass_fields__[name] for cls in Args.__mro__
         for name in inspect.get_annotations(cls)}
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a letter that a terminal lacks ends no run
+    sys.stdout, sys.stderr = Shown(sys.stdout), Shown(sys.stderr)
     if {"-h", "--help"} & set(sys.argv):
         print(description)
     try:
@@ -168,9 +170,9 @@ def cli(main, Args, description: str):
     except KeyboardInterrupt:  # before the first step, or the second one
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except (UserError, PermissionError, RuntimeError, MemoryError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         hint = "".join(hint for words, hint in HINTS.items() if re.search(words, repr(error)))
-        if not (isinstance(error, (UserError, PermissionError)) or hint):
+        if not (isinstance(error, (UserError, OSError)) or hint):
             raise
         if rank() > 0:
             time.sleep(3)  # the first process says the same, unless this one fails alone
@@ -181,6 +183,26 @@ def cli(main, Args, description: str):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Shown:
+    """A stream on which a letter that a terminal lacks, or a closed pipe, ends no run."""
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def flush(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.flush()
 
 
 def save_last_step():
@@ -274,13 +296,15 @@ class Run:
         self._join()
         name = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(gather_objects([args.resume or args.run_dir or name])[0])
-        if self.dir.exists() and not args.resume:
+        begun = {"args.json", "lock", "baseline.jsonl"}  # of a run that made no step
+        if self.dir.exists() and not args.resume and (
+                not self.dir.is_dir() or {path.name for path in self.dir.iterdir()} - begun):
             raise UserError(f"--run-dir: {self.dir} exists: name a new one, or move it away")
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("--tensorboard: pip install tensorboard")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed % 2**63)
         # or else several threads, or a GPU, add up gradients in another order in each run
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -320,11 +344,14 @@ class Run:
     def trainable(self, model):
         """A model made ready for training by the flags: precision, LoRA, memory, processes."""
         args, self.bf16 = self.args, self.args.dtype == "bfloat16"
+        large = model.num_parameters() > 50e6
         if args.dtype == "auto":  # where bfloat16 was measured to be faster
             cpu = getattr(torch.cpu, "get_capabilities", dict)()
-            large = model.num_parameters() > 50e6
             self.bf16 = self.device.type == "cuda" or large and bool(
                 cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        if large and hasattr(args, "lr") and args.lr == type(args).lr:
+            raise UserError(f"--lr: the default, {args.lr:g}, is for the tiny model: set one for "
+                            f"{model.num_parameters() / 1e6:.0f} M parameters (see --help)")
         if args.lora_rank:
             try:
                 from peft import LoraConfig, get_peft_model
@@ -425,7 +452,8 @@ class Run:
 
     def clip_grad_norm(self, model) -> float:
         """Scales the gradients down to --max-grad-norm; returns their norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(),
+                                              self.args.max_grad_norm or math.inf)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if math.isfinite(norm):
             return norm
@@ -472,7 +500,8 @@ class Run:
         self.state["rows"] = digest
 
     def _order(self, rows: list, size: int, epoch: int, length) -> list[int]:
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(
+            (self.args.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(rows), generator=generator)
         if length is None:
             return order.tolist()
@@ -491,7 +520,7 @@ class Run:
 
     def generator(self, step: int) -> torch.Generator:
         """The random numbers of a step in this process: a resumed run draws the same ones."""
-        seed = (self.args.seed * 1_000_003 + step) * 1009 + self.rank
+        seed = ((self.args.seed * 1_000_003 + step) * 1009 + self.rank) % 2**63
         torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)
 
@@ -560,7 +589,8 @@ class Run:
             self._load()
         step = self.state["step"]
         if self.rank == 0:
-            flags = dataclasses.asdict(self.args) | {"resume": ""}
+            flags = {name: getattr(value, "__name__", value)  # a reward may be a function
+                     for name, value in vars(self.args).items()} | {"resume": ""}
             write_json(self.dir / "args.json", flags | {"ran_with": versions(self.device)})
             if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -571,6 +601,7 @@ class Run:
             print(f"{self.dir} is finished: it has made all of its {self.steps} steps")
         self.bar = tqdm(total=self.steps, initial=step, disable=self.rank > 0 or None)
         if threading.current_thread() is threading.main_thread():
+            weakref.finalize(self, signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
             finish_step_on_interrupt(self._interrupts)
         return step + 1
 
@@ -588,9 +619,10 @@ class Run:
     def _open(self):
         """Makes the run's folder, locks it against other processes, and checks its disk."""
         try:
-            self.dir.mkdir(parents=True, exist_ok=bool(self.args.resume))
+            self.dir.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.dir / "lock", "w")  # held as long as this process lives
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # not flock: workers that a reward function starts would inherit the lock
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--resume {self.dir}: another process is writing to this run")
         except OSError as error:
@@ -612,6 +644,9 @@ class Run:
         saved = read_json(folder / "resume/state.json", where)
         try:
             self.state = {name: saved[name] for name in self.state}
+            if self.rank == 0 and saved["checksums"] != checksums(folder / "resume"):
+                raise UserError("a file has changed since it was written")
+            MetadataOnly(open(folder / "resume/.metadata", "rb")).load()
             with warnings.catch_warnings(action="ignore"):
                 dcp.load(self._tensors(), checkpoint_id=folder / "resume",
                          no_dist=not dist.is_initialized())
@@ -627,8 +662,12 @@ class Run:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
             for path in [self.dir / name for name in ("metrics.jsonl", "samples.jsonl")]:
                 text = path.read_text(encoding="utf-8") if path.exists() else ""
-                write_whole(path, "".join(line for line in text.splitlines(keepends=True) if (
-                    line.endswith("\n") and json.loads(line)["step"] <= step)))
+                try:
+                    write_whole(path, "".join(
+                        line for line in text.splitlines(keepends=True)
+                        if line.endswith("\n") and json.loads(line)["step"] <= step))
+                except (ValueError, TypeError, KeyError):
+                    raise UserError(f"{where}: {path} has a line that no run has written")
         gather_objects([])
 
     def save(self, step: int):
@@ -636,6 +675,11 @@ class Run:
         It has its name only when it is complete, so a kill leaves no half of one."""
         folder, part = self.dir / f"checkpoint-{step}", self.dir / f"checkpoint-{step}.part"
         self.state["step"] = step
+        finite = [weight.isfinite().all() for model, _, _ in self.trained.values()
+                  for weight in map(local, model.parameters())]
+        if any(gather_objects([not torch.stack(finite).all().item()])):
+            raise UserError(f"{folder}: not written: the weights are not finite: lower --lr "
+                            "(earlier checkpoints are untouched)")
         updates = {name: trained[2].last_epoch for name, trained in self.trained.items()}
         try:
             if self.rank == 0:
@@ -655,7 +699,8 @@ class Run:
                 # beside an adapter, transformers would take its config for a whole model's
                 model.config.save_pretrained(part if to_save is model else part / "model")
                 self.tokenizer.save_pretrained(part)
-                write_json(part / "resume/state.json", self.state | {"updates": updates})
+                write_json(part / "resume/state.json", self.state | {
+                    "updates": updates, "checksums": checksums(part / "resume")})
                 part.rename(folder)
                 self.unsaved = False
                 for _, old in self.checkpoints()[:-self.args.keep_checkpoints]:
@@ -691,6 +736,32 @@ class Run:
         return tensors
 
 
+class MetadataOnly(pickle.Unpickler):
+    """Reads the index of a checkpoint, which is a pickle, and runs nothing but its classes."""
+    def find_class(self, module, name):
+        if "." not in name and (module.startswith("torch.distributed.checkpoint.") or (
+                module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"),
+                                  ("pathlib", "PosixPath")) or (
+                module == "torch" and isinstance(getattr(torch, name), torch.dtype))):
+            return super().find_class(module, name)
+        raise UserError(f"its .metadata would run {module}.{name}")
+
+
+def checksums(folder: Path) -> dict:
+    """The CRC-32 of each file in a folder but state.json, which holds them."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(2**24), b""):
+                sums[path.name] = zlib.crc32(block, sums.get(path.name, 0))
+    return {name: value for name, value in sums.items() if name != "state.json"}
+
+
+def local(weight):
+    """This process's part of a weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
 def finish_step_on_interrupt(interrupts: list):
     """Notes Ctrl-C in a list, for Run.log to stop after the step; a second one stops at once.
     The handler must not hold the run, or the run's lock would outlive it."""
@@ -719,15 +790,19 @@ def last_line(error: BaseException) -> str:
 
 def read_json(path: Path, where: str) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {path} cannot be read: {first_line(error)}")
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {path} cannot be read: it holds no JSON object")
+    return value
 
 
 def json_lines(rows: list[dict]) -> str:
-    """Rows as lines of JSON, which has no nan: such values are left out."""
-    return "".join(json.dumps({name: value for name, value in row.items() if value == value})
-                   + "\n" for row in rows)
+    """Rows as lines of JSON, which has no nan or infinity: such values are left out."""
+    return "".join(json.dumps({
+        name: value for name, value in row.items()
+        if not isinstance(value, float) or math.isfinite(value)}) + "\n" for row in rows)
 
 
 def write_json(path: Path, value: dict):

@@ -1,0 +1,195 @@
+"""Runs of the unlucky, the careless and the hostile: nothing is lost, trained wrongly, or run that was not asked for."""
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+import grpo
+import runtime
+from helpers.runs import ENV, ROOT, checkpoints, command, fails, process, read, rows_of_data, run, small_flags, steps_of
+from runtime import RunArgs, json_lines
+
+ONE = dict(steps=1, eval_prompts=0, gold="")
+
+
+def reward_file(tmp_path, body: str) -> str:
+    (tmp_path / "reward.py").write_text(body)
+    return f"{tmp_path}/reward.py:reward"
+
+
+# --- reward functions
+
+@pytest.mark.parametrize("body, words", [
+    ("import sys\ndef reward(completions, **columns): sys.exit()", "raised SystemExit"),
+    ("import sys; sys.exit(0)", "cannot be imported: SystemExit"),
+    ("def reward(completions, **columns): return {c: 1 for c in range(len(completions))}", "must return a list"),
+    ("import torch\ndef reward(completions, **columns): return torch.zeros(len(completions), 2)", "must return a list"),
+    ("class E(Exception):\n    def __str__(self): 1 / 0\ndef reward(**columns): raise E()", "raised E"),
+    ("def reward(completions): return []", "expected: function(prompts, completions, **columns)")])
+def test_what_a_reward_function_does_ends_in_one_line(body, words, tmp_path, capsys):
+    error = fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run", reward=reward_file(tmp_path, body), **ONE))
+    assert words in error and checkpoints(tmp_path / "run") == []
+
+
+def test_what_a_reward_function_changes_stays_in_it(tmp_path):
+    reward = common.load_reward(reward_file(tmp_path, """
+import os, torch
+def reward(prompts, completions, **columns):
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    prompts.clear(), columns["answer"][0].append("gone")
+    return [1.0] * len(completions)
+"""), "cpu")
+    rows = [{"prompt": "a", "answer": ["b"]}, {"prompt": "c", "answer": ["d"]}]
+    assert reward(rows, ["x", "y"]).tolist() == [1, 1]
+    assert os.getcwd() == str(ROOT) and torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert rows == [{"prompt": "a", "answer": ["b"]}, {"prompt": "c", "answer": ["d"]}]
+
+
+def test_from_python_a_reward_is_a_function_and_ctrl_c_is_given_back(tmp_path):
+    def short(completions, **columns):
+        return [-len(turns[-1]["content"]) for turns in completions]
+    before = signal.getsignal(signal.SIGINT)
+    for name in ("one", "two"):
+        grpo.main(grpo.Args(**small_flags("grpo", tmp_path / name, reward=short, **ONE)))
+        assert json.loads((tmp_path / name / "args.json").read_text())["reward"] == "short"
+        assert signal.getsignal(signal.SIGINT) == before
+    with pytest.raises(common.UserError, match="--loss-type: must be one of grpo, dapo"):
+        grpo.Args(loss_type="gpro")
+
+
+# --- flags
+
+def test_gradients_are_not_clipped_with_0(tmp_path):
+    plain, other = (steps_of(run("grpo", tmp_path / str(norm), max_grad_norm=norm, **ONE))[0] for norm in (0.0, 1e9))
+    assert plain["grad_norm"] == other["grad_norm"] > 0
+    with pytest.raises(common.UserError, match="--max-grad-norm: must be at least 0"):
+        RunArgs(max_grad_norm=-1.0)
+
+
+def test_a_real_model_needs_a_learning_rate_of_its_own(tmp_path, monkeypatch, capsys):
+    """The default fits 0.8 M parameters; it would make gibberish of 135 M."""
+    monkeypatch.setattr("transformers.PreTrainedModel.num_parameters", lambda *args, **kwargs: 135_000_000)
+    flags = small_flags("grpo", tmp_path / "run", dtype="float32", **ONE)
+    assert fails(capsys, "grpo", **flags).startswith("--lr: the default, 0.0004, is for the tiny model: set one for 135 M")
+    command("grpo", **flags, lr=1e-6)
+
+
+# --- checkpoints
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("robust") / "run"
+    run("grpo", folder, **ONE)
+    return folder
+
+
+@pytest.fixture
+def damaged(a_run, tmp_path):
+    """A copy of a run, to damage."""
+    subprocess.run(["cp", "-r", a_run, tmp_path / "run"], check=True)
+    return tmp_path / "run"
+
+
+def test_a_flipped_bit_is_found(damaged, capsys):
+    (shard,) = (damaged / "checkpoint-1/resume").glob("*.distcp")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert "a file has changed since it was written" in fails(capsys, "grpo", resume=damaged, steps=2)
+
+
+def test_a_checkpoints_index_runs_nothing(damaged, tmp_path, capsys):
+    """torch.distributed.checkpoint reads it as a pickle."""
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    folder = damaged / "checkpoint-1/resume"
+    (folder / ".metadata").write_bytes(pickle.dumps(Attack()))
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"checksums": runtime.checksums(folder)}))
+    assert ".metadata would run posix.system" in fails(capsys, "grpo", resume=damaged, steps=2)
+    assert not (tmp_path / "ran").exists()
+    for name in ("os.system", "os"):
+        with pytest.raises((common.UserError, AttributeError)):
+            found = runtime.MetadataOnly(io.BytesIO()).find_class("torch.distributed.checkpoint.filesystem", name)
+            assert not callable(found)
+            raise AttributeError
+
+
+@pytest.mark.parametrize("file, text, words", [
+    ("metrics.jsonl", "\n", "has a line that no run has written"),
+    ("metrics.jsonl", "[1]\n", "has a line that no run has written"),
+    ("args.json", "[]", "it holds no JSON object"),
+    ("args.json", "[" * 100_000, "cannot be read"),
+    ("checkpoint-1/resume/state.json", "3", "it holds no JSON object")])
+def test_foreign_files_in_a_run(file, text, words, damaged, capsys):
+    (damaged / file).write_text(text)
+    assert words in fails(capsys, "grpo", resume=damaged, steps=2)
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(damaged, capsys, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def broken(self, *args):
+        step(self, *args)
+        self.param_groups[0]["params"][0].data[0, 0] = float("nan")
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    assert "the weights are not finite" in fails(capsys, "grpo", resume=damaged, steps=2)
+    assert checkpoints(damaged) == ["checkpoint-1"]
+
+
+def test_a_lock_is_not_inherited(tmp_path):
+    """By workers that a reward function starts: they outlive a run that is killed."""
+    (tmp_path / "reward.py").write_text("""
+import os, signal, time
+def reward(completions, **columns):
+    if os.fork() == 0:
+        time.sleep(30)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    flags = small_flags("grpo", tmp_path / "run", **ONE | dict(steps=2, save_every=1))
+    run("grpo", tmp_path / "run", **ONE)
+    killed = subprocess.run([sys.executable, "grpo.py", "--resume", tmp_path / "run", "--steps", "2", "--reward",
+                             f"{tmp_path}/reward.py:reward"], env=ENV, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL and flags
+    process(sys.executable, "grpo.py", "--resume", tmp_path / "run", "--steps", "2", "--reward", "tiny/reward_model")
+
+
+def test_a_run_that_made_no_step_does_not_block_its_name(tmp_path, capsys):
+    bad = reward_file(tmp_path, "def reward(completions, **columns): return []")
+    flags = small_flags("grpo", tmp_path / "run", **ONE)
+    fails(capsys, "grpo", **flags | dict(reward=bad))
+    assert (tmp_path / "run/args.json").exists()
+    command("grpo", **flags)
+    assert fails(capsys, "grpo", **flags).startswith("--run-dir:")
+
+
+# --- what is shown and written
+
+def test_a_pipe_that_closes_ends_no_run(tmp_path):
+    data = rows_of_data("grpo", tmp_path)
+    shell = (f"{sys.executable} grpo.py --data {data} --gold '' --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 2"
+             f" --log-every 1 --run-dir {tmp_path}/run | head -n 1")
+    process("bash", "-c", shell)
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"] and len(read(tmp_path / "run/metrics.jsonl")) == 4
+
+
+def test_metrics_are_json_always():
+    text = json_lines([{"a": float("nan"), "b": float("inf"), "c": 1.5, "d": "x"}])
+    assert text == '{"c": 1.5, "d": "x"}\n'
+
+
+def test_a_name_that_is_too_long(tmp_path, capsys):
+    assert "File name too long" in fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run", **ONE) | dict(
+        run_dir=str(tmp_path / ("n" * 300))))
