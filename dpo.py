@@ -114,7 +114,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float,
     if loss_type == "simpo":
         z = beta * (chosen - rejected)
     else:
-        z = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        z, margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected)), 0.0
     if loss_type == "hinge":
         return (1 - z).relu()
     if loss_type == "ipo":

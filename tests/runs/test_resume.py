@@ -1,5 +1,4 @@
 """Runs that were stopped, and go on: Ctrl-C, a kill, a full disk, numbers that are not finite."""
-import fcntl
 import json
 import os
 import shutil
@@ -175,10 +174,12 @@ def test_ctrl_c_finishes_the_step_and_a_second_one_stops_at_once(tmp_path):
 
 def test_two_processes_never_write_to_one_run(tmp_path, capsys):
     run("grpo", tmp_path / "run", steps=1, eval_prompts=0)
-    with open(tmp_path / "run/lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    code = f"import fcntl; f = open('{tmp_path}/run/lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         before = digests(tmp_path)
         error = fails(capsys, "grpo", resume=tmp_path / "run", steps=2)
+        other.communicate(b"\n")
     assert error == f"--resume {tmp_path}/run: another process is writing to this run" and digests(tmp_path) == before
 
 

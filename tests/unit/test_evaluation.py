@@ -153,7 +153,7 @@ def test_metrics_of_a_rollout():
         some, scores, logprobs, entropy, ref_logprobs, 2).items()}
     expected = {"reward": 2.0, "kl": (logprobs - ref_logprobs).sum().item() / 4, "length": 13 / 4, "truncated": 0.25,
                 "entropy": entropy[mask == 1].mean().item(), "reward_std": np.std([1, 3, 2]), "unscored": 0.25,
-                "distinct_3": 1.0, "zero_std_groups": 0.0, "zero_std_groups_right": 0.0,
+                "distinct_3": 1.0, "zero_std_groups": 0.5, "zero_std_groups_right": 0.0,  # one score has no spread
                 "length_correlation": -1.0}  # in the first group the shorter one is better
     assert found == pytest.approx(expected, abs=1e-5)
     assert list(found)[:2] == ["reward", "kl"]

@@ -22,9 +22,11 @@ def test_pair_loss_against_its_formula():
     for smoothing, centering in ((0.0, 0.0), (0.1, 0.0), (0.2, 0.01)):
         loss = reward_model.pair_loss(chosen, rejected, margin, smoothing, centering)
         for i, (c, r, m) in enumerate(zip(chosen.tolist(), rejected.tolist(), margin.tolist())):
-            p = 1 / (1 + math.exp(-(c - r - m)))
-            expected = -(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) + centering * (c + r) ** 2
+            right, swapped = (math.log1p(math.exp(-(d - m))) for d in (c - r, r - c))
+            expected = (1 - smoothing) * right + smoothing * swapped + centering * (c + r) ** 2
             assert loss[i].item() == pytest.approx(expected, rel=1e-5)
+    one = reward_model.pair_loss(torch.tensor([1.1]), torch.zeros(1), 1.0, 0.2)
+    assert one.item() == pytest.approx(0.958, abs=1e-3)  # over pairs of which a fifth is swapped
 
 
 def test_pair_loss_recovers_the_bradley_terry_probability():
@@ -232,9 +234,10 @@ def test_the_mean_score_of_the_references_completions_becomes_zero(tokenizer, ca
     def scores(seed):
         run.args.seed = seed
         run.generator(0)
-        texts = reward_model.sample_with_generate(reference, prompts, tokenizer, 16).texts
-        return common.score_texts(model, tokenizer, [
-            common.render(tokenizer, row["prompt"], text) for row, text in zip(prompts, texts)])
+        rollout = reward_model.sample_with_generate(reference, prompts, tokenizer, 16)
+        assert 0 < rollout.truncated.sum() < len(prompts)  # these do not count
+        return common.score_texts(model, tokenizer, [common.render(tokenizer, row["prompt"], text) for row, text, cut in
+                                                     zip(prompts, rollout.texts, rollout.truncated) if not cut])
     assert scores(0).mean().item() == pytest.approx(0, abs=1e-4)  # the same completions
     fresh = scores(1)
     assert abs(fresh.mean()) < 0.35 * fresh.std() and fresh.std() > 0.05
