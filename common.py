@@ -616,7 +616,8 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
                for p, c in zip(prompts, completions)]
     folder, dtype, grad = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
     try:
-        values = function(**copy.deepcopy(dict(prompts=prompts, completions=answers, **columns)))
+        given = dict(prompts=prompts, completions=answers, **columns)
+        values = function(**copy.deepcopy(given))
         if inspect.iscoroutine(values):  # in a thread, as a notebook has a loop in its own
             values = ThreadPoolExecutor().submit(asyncio.run, values).result()
         if hasattr(values, "__iter__") and not isinstance(values, (dict, set, str)):

@@ -73,7 +73,7 @@ class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: ru
     length_normalize: bool = False
     """average log-probs over an answer's tokens instead of summing them (simpo: always)"""
     simpo_margin: NonNegFloat = 0.5
-    """simpo: how far the chosen answer must be ahead, in nats (its gamma / beta: 0.3 to 1)"""
+    """simpo: how far the chosen answer must be ahead, in nats (gamma / beta: 0.1 to 0.8)"""
     sft_weight: NonNegFloat = 0.0
     """weight of the chosen answers' negative log-likelihood per token (0.1 to 1)"""
 

@@ -232,8 +232,8 @@ def length_correlation(scores, lengths, group_size: int) -> float:
 
 
 def distinct_ngrams(completion_ids, mask, n: int = 3):
-    """Fraction of a completion's n-grams that are distinct (after Li et al. 2016,
-    arXiv:1510.03055), (B,); 1 means no repetition, nan that it has no n-gram."""
+    """Fraction of a completion's n-grams that are distinct, (B,); 1 means no repetition, nan
+    that it has no n-gram. (In Li et al. 2016, arXiv:1510.03055, it is over a corpus.)"""
     fractions = []
     for ids, length in zip(completion_ids.tolist(), mask.sum(1).tolist()):
         ngrams = [tuple(ids[i:i + n]) for i in range(length - n + 1)]

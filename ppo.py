@@ -15,7 +15,7 @@ come, and a token's advantage is how much better things went than predicted:
 
 Differences from the papers:
 
-1. The critic is a model with its own learning rate, not a head of the policy.
+1. The critic is a model of its own, as in InstructGPT, not a head of the policy.
 2. No pretraining term (InstructGPT's PPO-ptx) and no entropy bonus.
 3. A completion cut at --max-new-tokens ends there; nothing is bootstrapped.
 4. The mean is over all tokens of an update; whitening, over those of a rollout.
@@ -29,7 +29,8 @@ ones the mean over tokens turns it by a few degrees (docs/convergence.md).
 
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
 rises, it is being hacked. explained_variance near or below 0: the critic
-knows nothing yet. approx_kl: how far the updates of one rollout go.
+knows nothing yet (in the default run for some five steps: a reward model's head
+says little before the last token). approx_kl: how far the updates of one rollout go.
 """
 from dataclasses import dataclass
 
@@ -98,11 +99,11 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     value_clip: NonNegFloat = 0.2
     """clip range around the old value in the value loss (0: no clipping)"""
     target_kl: NonNegFloat = 0.0
-    """end a rollout's updates at this KL per token from the old policy (0.01 to 0.1; 0: no)"""
+    """end a rollout's updates at this KL (k3) per token from the old policy (0.01 to 0.1)"""
     kl_target: NonNegFloat = 0.0
     """adapt beta to keep the KL near this, in nats per completion (6; 0: beta is fixed)"""
     kl_horizon: PosInt = 10_000
-    """completions over which beta adapts"""
+    """completions over which beta adapts by at most 20 %"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,7 +159,8 @@ def value_loss(values, old_values, returns, value_clip: float):
 
 
 def adapted_beta(beta: float, kl: float, completions: int, args) -> float:
-    """Beta after a step with this mean KL (Ziegler et al. 2019, sec. 2.2)."""
+    """Beta after a step with this mean KL (Ziegler et al. 2019, sec. 2.2; the target of 6 and
+    the horizon are their code's)."""
     error = max(-0.2, min(0.2, kl / args.kl_target - 1))
     return beta * (1 + error * completions / args.kl_horizon)
 

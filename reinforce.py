@@ -16,8 +16,9 @@ Differences from the papers:
 1. RLOO's authors make one update per rollout. For more, the gradient is weighted
    by the completion's ratio pi / pi_old, and stopped where PPO's clip stops it.
 2. ReMax samples one completion per prompt; here a group shares a greedy one.
-3. REINFORCE++ is --kl-per-token --whiten: returns per token, normalized over the
-   rollout. Its own code clips the ratio of each token, this one the completion's.
+3. REINFORCE++ is --baseline none --kl-per-token --whiten (with --baseline mean, its
+   variant with baseline): returns per token, normalized over the rollout. Its own
+   code clips the ratio of each token, this one the completion's.
 
 With any baseline but the group's mean, which shrinks the reward's part of it to
 (G - 1) / G, the gradient is unbiased (docs/convergence.md has its variance).
@@ -102,8 +103,8 @@ def baseline(rewards, group_size: int, kind: str, moving: float = 0.0, greedy=No
 
     rewards: (B,), group after group; nan leaves a completion out of the means. moving: the
     mean reward of past steps. greedy: (B,), the score of the prompt's greedy completion
-    (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, eq. 8). All but "mean" are independent
-    of the completion itself, so they do not change the expected gradient.
+    (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, after eq. 8). All but "mean" are
+    independent of the completion itself, so they do not change the expected gradient.
     """
     groups = rewards.view(-1, group_size)
     if kind == "mean":
@@ -123,7 +124,7 @@ def token_advantages(rewards, baselines, kl, mask, beta: float, kl_per_token: bo
 
     rewards, baselines: (B,), with the completion's KL in both unless kl_per_token. kl: (B, T),
     log pi - log pi_ref. kl_per_token: A_t = r - b - beta * (KL of t and all after), which is
-    exact, too: a token does not change the KL before it (REINFORCE++, eq. 5).
+    exact, too: a token does not change the KL before it (REINFORCE++, eq. 4).
     """
     advantages = (rewards - baselines)[:, None] * mask
     if kl_per_token:

@@ -350,8 +350,8 @@ class Run:
             self.bf16 = self.device.type == "cuda" or large and bool(
                 cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         if large and hasattr(args, "lr") and args.lr == type(args).lr:
-            raise UserError(f"--lr: the default, {args.lr:g}, is for the tiny model: set one for "
-                            f"{model.num_parameters() / 1e6:.0f} M parameters (see --help)")
+            raise UserError(f"--lr: the default, {args.lr:g}, is for the tiny model: set one "
+                            f"for {model.num_parameters() / 1e6:.0f} M parameters (--help)")
         if args.lora_rank:
             try:
                 from peft import LoraConfig, get_peft_model
@@ -601,7 +601,8 @@ class Run:
             print(f"{self.dir} is finished: it has made all of its {self.steps} steps")
         self.bar = tqdm(total=self.steps, initial=step, disable=self.rank > 0 or None)
         if threading.current_thread() is threading.main_thread():
-            weakref.finalize(self, signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+            before = signal.getsignal(signal.SIGINT)  # given back after the run
+            weakref.finalize(self, signal.signal, signal.SIGINT, before)
             finish_step_on_interrupt(self._interrupts)
         return step + 1
 
