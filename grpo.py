@@ -9,7 +9,7 @@ a completion is how much better it scored than its group, so no critic is needed
 
     A     = (r - mean of the group's r) / std of the group's r     one per completion
     rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 in the first update
-    d_t   = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))         whose mean is the KL
+    d_t   = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     exp(-d) - 1 + d estimates the KL
 
 Differences from the paper:
 
@@ -17,12 +17,21 @@ Differences from the paper:
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
---loss-type has the losses of DAPO, Dr. GRPO, GSPO and CISPO. The gradient of
-E[r] - beta * KL, up to a constant factor and with one update per rollout, is
---kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
+Its relatives, with their authors' settings:
+
+    DAPO        --loss-type dapo --clip-high 0.28 --beta 0      no dynamic sampling here
+    Dr. GRPO    --loss-type dr_grpo --scale-rewards none
+    GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4
+    CISPO       --loss-type cispo --clip-low 1 --clip-high 4
+
+For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one update per
+rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
 
     python grpo.py                                  # the tiny world: a minute on a laptop
     python grpo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
+
+For a real model set --prompts-per-step, --max-new-tokens and --steps, too: --help
+names the usual ranges.
 
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
 rises, it is being hacked. length_correlation far above 0: the reward
@@ -84,9 +93,9 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     clip_high: NonNegFloat = 0.2
     """the ratio is clipped at 1 + clip_high (dapo: 0.28; gspo: 4e-4; cispo: 1 to 5)"""
     kl_in_reward: bool = False
-    """subtract the KL from the reward instead of adding it to the loss"""
+    """subtract beta * KL of a completion from its reward instead of adding it to the loss"""
     kl_estimator: Literal["k3", "k3_ratio", "k2"] = "k3"
-    """KL in the loss: the paper's k3, k3 times the ratio (DeepSeek-V3.2), or k2"""
+    """KL per token in the loss: the paper's k3, k3 times the ratio (DeepSeek-V3.2), or k2"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,7 +135,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
     logprobs, old_logprobs, mask: (B, T); advantages: (B,).
     grpo, dapo, dr_grpo: PPO's clipped objective (arXiv:1707.06347, eq. 7).
     gspo: one ratio per completion, the geometric mean over tokens (arXiv:2507.18071, eq. 7).
-    cispo: the clipped ratio weights the log-prob, so no token loses its gradient (2506.13585).
+    cispo: the clipped ratio weights the log-prob, so no token loses its gradient
+        (arXiv:2506.13585).
     """
     advantages = advantages[:, None]
     log_ratio = logprobs - old_logprobs
@@ -148,7 +158,8 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
 
     grpo, gspo: mean over completions of the mean over their tokens (DeepSeekMath, eq. 3).
     dapo, cispo: mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
-    dr_grpo: sum over tokens, divided by completions * max_new_tokens (arXiv:2503.20783).
+    dr_grpo: sum over tokens, divided by completions * max_new_tokens (arXiv:2503.20783);
+        completions left out of the loss count, too.
     """
     if loss_type in ("grpo", "gspo"):
         lengths = mask.sum(1, keepdim=True)
@@ -212,7 +223,7 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
     model.eval()
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
-        if not cache_works(model):  # as of Mamba and others with recurrent layers
+        if not cache_works(model):  # Mamba and other recurrent models
             rows = [row for row in rows for _ in range(group_size)]
             return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
                                         args.temperature, args.generate_batch_size)

@@ -70,7 +70,7 @@ def load_config(name: str, **changes):
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)  # eval() is not enough: checkpointing needs train()
     if (getattr(text_config, "pad_token_id", 0) or 0) not in range(text_config.vocab_size):
-        text_config.pad_token_id = None  # no embedding can have it as its padding
+        text_config.pad_token_id = None  # outside the vocabulary
     return config
 
 
@@ -92,7 +92,8 @@ def context_length(model) -> float:
 def load_model(auto_class, name: str, device, **config_changes):
     """(model, names of the weights it came without), in float32, from safetensors, without
     dropout. A LoRA adapter is loaded with its base model and merged into it."""
-    config, kind = load_config(name, **config_changes), auto_class.__name__[12:]
+    config, kind = load_config(name, **config_changes), auto_class.__name__.removeprefix(
+        "AutoModelFor")
     base, adapters = name, []
     try:
         while (adapter := Path(base) / "adapter_config.json").is_file():
@@ -152,7 +153,7 @@ def load_body(name: str, device):
         model, missing = load_model(AutoModelForSequenceClassification, name, device,
                                     num_labels=1)
         if not hasattr(model, "score"):
-            raise UserError(f"{name}: no critic: an encoder reads the tokens to come")
+            raise UserError(f"{name}: no critic: an encoder attends to later tokens")
         weight = model.score.weight.detach() * (not missing)  # (1, D)
         bias = getattr(model.config, "reward_bias", 0.0)
     else:
@@ -320,6 +321,7 @@ def generate_by_library(model, prompt_ids, prompt_mask, **settings):
     generation_config changes nothing."""
     own, model.generation_config = model.generation_config, GenerationConfig(
         pad_token_id=0, **settings)
-    output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
-    model.generation_config = own
-    return output
+    try:
+        return model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)
+    finally:
+        model.generation_config = own

@@ -27,6 +27,9 @@ ones the mean over tokens turns it by a few degrees (docs/convergence.md).
     python ppo.py                                   # the tiny world: a minute on a laptop
     python ppo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6 --critic-lr 1e-5
 
+For a real model set --prompts-per-step, --max-new-tokens and --steps, too: --help
+names the usual ranges.
+
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
 rises, it is being hacked. explained_variance near or below 0: the critic
 knows nothing yet (in the default run for some five steps: a reward model's head
@@ -256,7 +259,7 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
     model.eval()
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
-        if not cache_works(model):  # as of Mamba and others with recurrent layers
+        if not cache_works(model):  # Mamba and other recurrent models
             rows = [row for row in rows for _ in range(group_size)]
             return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
                                         args.temperature, args.generate_batch_size)

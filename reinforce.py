@@ -26,6 +26,9 @@ With any baseline but the group's mean, which shrinks the reward's part of it to
     python reinforce.py                             # the tiny world: a minute on a laptop
     python reinforce.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
 
+For a real model set --prompts-per-step, --max-new-tokens and --steps, too: --help
+names the usual ranges.
+
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
 rises, it is being hacked. length_correlation far above 0: the reward
 pays for length. advantage_std: what the baseline leaves, the gradient's noise.
@@ -194,7 +197,7 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
     model.eval()
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
-        if not cache_works(model):  # as of Mamba and others with recurrent layers
+        if not cache_works(model):  # Mamba and other recurrent models
             rows = [row for row in rows for _ in range(group_size)]
             return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
                                         args.temperature, args.generate_batch_size)
