@@ -207,17 +207,17 @@ def center(model, tokenizer, reference, prompts: list[dict], reference_tokenizer
     with run.autocast():
         rollout = sample_with_generate(reference, prompts, reference_tokenizer,
                                        run.args.max_new_tokens)
-        # the same in all processes; one that was cut would be scored as if it had ended there
-        ended = gather_objects([(row["prompt"], text) for row, text, cut in zip(
-            prompts, rollout.texts, rollout.truncated) if not cut] if run.rank == 0 else [])
-        if not ended:
-            raise UserError("--max-new-tokens: no completion of the reference ends before")
+        # one that was cut would be scored as if it had ended there; if all were, they are used
+        cut = rollout.truncated & ~rollout.truncated.all()
+        ended = [(row["prompt"], text) for row, text, is_cut in zip(prompts, rollout.texts, cut)
+                 if not is_cut]
+        ended = gather_objects(ended if run.rank == 0 else [])  # the same in all processes
         texts = [render(tokenizer, *both, whole=False) for both in ended]
         mean = score_texts(model.eval(), tokenizer, texts, run.args.micro_batch_tokens).mean()
     bias = getattr(model.config, "reward_bias", 0.0) - mean.item()
     model.config.reward_bias = bias
     print(f"reward_bias {bias:.4f}: {len(texts)} completions of the reference now have mean "
-          f"score 0 (of {len(prompts)}, the others did not end)")
+          f"score 0 (of {len(prompts)}; {int(rollout.truncated.sum())} were cut)")
 
 
 def main(args: Args):

@@ -28,7 +28,8 @@ CASES = [  # script, flags, the beginning of the message
         "eval_prompts", "truncation_penalty", "clip_low", "clip_high")],
     *[("grpo", {flag: 0}, f"--{flag.replace('_', '-')}: {ZERO}") for flag in (
         "prompts_per_step", "group_size", "max_new_tokens", "temperature", "lr", "epochs", "minibatches",
-        "micro_batch_tokens", "generate_batch_size", "log_every", "keep_checkpoints", "eval_samples", "max_grad_norm")],
+        "micro_batch_tokens", "generate_batch_size", "log_every", "keep_checkpoints", "eval_samples")],
+    ("grpo", dict(max_grad_norm=-1), f"--max-grad-norm: {NEGATIVE}"),
     ("grpo", dict(temperature="nan"), "--temperature: must be a finite number"),
     ("grpo", dict(lr="inf"), "--lr: must be a finite number"),
     ("grpo", dict(group_size=1), "--group-size: a group of 1"),

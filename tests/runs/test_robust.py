@@ -1,4 +1,5 @@
 """Runs of the unlucky, the careless and the hostile: nothing is lost, trained wrongly, or run that was not asked for."""
+import fcntl
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 import common
 import grpo
 import runtime
-from helpers.runs import ENV, ROOT, checkpoints, command, fails, process, read, rows_of_data, run, small_flags, steps_of
+from helpers.runs import ENV, ROOT, checkpoints, command, fails, process, read, run, small_flags, steps_of
 from runtime import RunArgs, json_lines
 
 ONE = dict(steps=1, eval_prompts=0, gold="")
@@ -149,21 +150,21 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(damaged, capsys, monk
 
 def test_a_lock_is_not_inherited(tmp_path):
     """By workers that a reward function starts: they outlive a run that is killed."""
-    (tmp_path / "reward.py").write_text("""
+    reward = reward_file(tmp_path, """
 import os, signal, time
 def reward(completions, **columns):
     if os.fork() == 0:
-        time.sleep(30)
+        time.sleep(60)
         os._exit(0)
     os.kill(os.getpid(), signal.SIGKILL)
 """)
-    flags = small_flags("grpo", tmp_path / "run", **ONE | dict(steps=2, save_every=1))
-    run("grpo", tmp_path / "run", **ONE)
-    killed = subprocess.run([sys.executable, "grpo.py", "--resume", tmp_path / "run", "--steps", "2", "--reward",
-                             f"{tmp_path}/reward.py:reward"], env=ENV, stdout=subprocess.DEVNULL,
+    flags = small_flags("grpo", tmp_path / "run", reward=reward, **ONE)
+    argv = [str(x) for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
+    killed = subprocess.run([sys.executable, "grpo.py", *argv], env=ENV, stdout=subprocess.DEVNULL,
                             stderr=subprocess.DEVNULL)
-    assert killed.returncode == -signal.SIGKILL and flags
-    process(sys.executable, "grpo.py", "--resume", tmp_path / "run", "--steps", "2", "--reward", "tiny/reward_model")
+    assert killed.returncode == -signal.SIGKILL
+    with open(tmp_path / "run/lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_run_that_made_no_step_does_not_block_its_name(tmp_path, capsys):
@@ -177,11 +178,13 @@ def test_a_run_that_made_no_step_does_not_block_its_name(tmp_path, capsys):
 
 # --- what is shown and written
 
-def test_a_pipe_that_closes_ends_no_run(tmp_path):
-    data = rows_of_data("grpo", tmp_path)
-    shell = (f"{sys.executable} grpo.py --data {data} --gold '' --steps 2 --prompts-per-step 2 --group-size 2 --eval-prompts 2"
-             f" --log-every 1 --run-dir {tmp_path}/run | head -n 1")
-    process("bash", "-c", shell)
+def test_a_terminal_that_lacks_a_letter_and_a_pipe_that_closes_end_no_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(
+        json.dumps({"prompt": f"qu'est-ce qu'un caf\u00e9 {i} ?"}) + "\n" for i in range(8)))
+    shell = (f"{sys.executable} grpo.py --data {tmp_path}/rows.jsonl --steps 2 --prompts-per-step 2 --group-size 2"
+             f" --eval-prompts 2 --log-every 1 --run-dir {tmp_path}/run | head -n 5")
+    done = process("bash", "-c", shell, PYTHONIOENCODING="ascii")
+    assert done.stdout.count("\n") == 5 and "caf? " in done.stdout
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"] and len(read(tmp_path / "run/metrics.jsonl")) == 4
 
 

@@ -1,6 +1,7 @@
 """What a script leaves behind, and what its flags do to a run, as a user sees it."""
 import dataclasses
 import json
+import re
 import shutil
 import sys
 
@@ -216,7 +217,8 @@ def test_a_reward_model_learns_is_centered_and_loads_elsewhere(tmp_path, capsys)
     text = common.render(tokenizer, "what is green and white ?", "it is green .")
     logit = plain(torch.tensor(common.encode(tokenizer, [text]))).logits[0, 0]
     assert bias != 0 and (logit + bias).item() == pytest.approx(bad.item(), abs=1e-4)
-    assert f"reward_bias {bias:.4f}: 16 completions" in capsys.readouterr().out
+    found = re.search(rf"reward_bias {bias:.4f}: (\d+) completions.*of 16; (\d+) were cut", capsys.readouterr().out)
+    assert int(found[1]) + int(found[2]) == 16 and int(found[2]) > 0
 
 
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
@@ -452,12 +454,3 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
     assert events.Scalars("lr")[-1].value == pytest.approx(read(folder / "metrics.jsonl")[2]["lr"], rel=1e-5)
-
-
-def test_a_terminal_that_lacks_a_letter_ends_no_run(tmp_path):
-    """Samples and progress are shown as well as it can."""
-    data = write(tmp_path / "rows.jsonl", *[{"prompt": f"qu'est-ce qu'un caf\u00e9 {i} ?"} for i in range(8)])
-    done = process(sys.executable, "grpo.py", "--data", data, "--run-dir", tmp_path / "run", "--steps", "1", "--reward",
-                   "tiny/reward_model", "--prompts-per-step", "2", "--group-size", "2", "--eval-prompts", "4",
-                   PYTHONIOENCODING="ascii")
-    assert "caf? " in done.stdout and (tmp_path / "run/checkpoint-1/model.safetensors").exists()
