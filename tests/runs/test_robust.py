@@ -182,9 +182,9 @@ def test_a_terminal_that_lacks_a_letter_and_a_pipe_that_closes_end_no_run(tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(
         json.dumps({"prompt": f"qu'est-ce qu'un caf\u00e9 {i} ?"}) + "\n" for i in range(8)))
     shell = (f"{sys.executable} grpo.py --data {tmp_path}/rows.jsonl --steps 2 --prompts-per-step 2 --group-size 2"
-             f" --eval-prompts 2 --log-every 1 --run-dir {tmp_path}/run | head -n 5")
+             f" --eval-prompts 2 --log-every 1 --run-dir {tmp_path}/run | head -n 6")
     done = process("bash", "-c", shell, PYTHONIOENCODING="ascii")
-    assert done.stdout.count("\n") == 5 and "caf? " in done.stdout
+    assert done.stdout.count("\n") == 6 and "caf? " in done.stdout
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"] and len(read(tmp_path / "run/metrics.jsonl")) == 4
 
 
