@@ -65,8 +65,10 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     if not rows:
         raise UserError(f"{path}: holds no rows")
     for column in ("system", "tools", "chat_template_kwargs"):  # which other libraries use
-        if any(row.get(column) and str(row[column]) not in str([
-                row.get(name) for name in row if name != column]) for _, row in rows):
+        others = [json.dumps([row[name] for name in row if name != column], default=str)
+                  for _, row in rows if row.get(column)]
+        values = [json.dumps(row[column], default=str) for _, row in rows if row.get(column)]
+        if any(value not in other for value, other in zip(values, others)):
             print(f"{path}: the column {column!r} is not read: what the model shall see of it "
                   "must be in the prompt's messages")
     return rows
@@ -357,7 +359,8 @@ def eos_token_ids(model, tokenizer, device="cpu") -> torch.Tensor:
     ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None, -1}
     if tokenizer.chat_template is not None:
         after = encode(tokenizer, [render(tokenizer, "a", "zqx").rpartition("zqx")[2]])[0]
-        ids |= set([i for i in after if i in tokenizer.all_special_ids][:1])
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids |= set([i for i in after if i in special][:1])
     return torch.tensor(sorted(ids), dtype=torch.long, device=device)
 
 

@@ -85,7 +85,7 @@ def context_length(model) -> float:
     limit = "max_seq_len" if hasattr(config, "max_seq_len") else "max_position_embeddings"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):  # beyond, rows change each other
-        return rope.get("original_" + limit) or getattr(config, limit)
+        return min(rope.get("original_" + limit) or math.inf, getattr(config, limit))
     return getattr(config, limit, None) or math.inf
 
 

@@ -208,9 +208,8 @@ def center(model, tokenizer, reference, prompts: list[dict], reference_tokenizer
         rollout = sample_with_generate(reference, prompts, reference_tokenizer,
                                        run.args.max_new_tokens)
         # one that was cut would be scored as if it had ended there; if all were, they are used
-        cut = rollout.truncated & ~rollout.truncated.all()
-        ended = [(row["prompt"], text) for row, text, is_cut in zip(prompts, rollout.texts, cut)
-                 if not is_cut]
+        used = (~rollout.truncated | rollout.truncated.all()).nonzero()[:, 0].tolist()
+        ended = [(prompts[i]["prompt"], rollout.texts[i]) for i in used]
         ended = gather_objects(ended if run.rank == 0 else [])  # the same in all processes
         texts = [render(tokenizer, *both, whole=False) for both in ended]
         mean = score_texts(model.eval(), tokenizer, texts, run.args.micro_batch_tokens).mean()

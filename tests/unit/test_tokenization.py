@@ -254,7 +254,7 @@ def test_a_pad_id_out_of_range(tmp_path, pad_token_id):
 
 def test_a_tokenizer_with_neither_pad_nor_end_of_sequence(tokenizer):
     """Completions then end at the length limit."""
-    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.chat_template = None
     policy = llama(vocab_size=len(tokenizer))
     policy.generation_config.eos_token_id = policy.config.eos_token_id = None
     assert common.eos_token_ids(policy, tokenizer).tolist() == []
