@@ -111,20 +111,18 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     rewards: (B,), group after group; nan marks a completion without a score, which gets 0.
     scale "none" is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
     """
-    def std(r, over_processes=lambda x: x):  # sample std over dim 1, ignoring nan
-        n = over_processes((~r.isnan()).sum(1, keepdim=True))
-        mean = over_processes(r.nansum(1, keepdim=True)) / n.clamp(min=1)
-        squares = over_processes((r - mean).square().nansum(1, keepdim=True))
-        return (squares / (n - 1).clamp(min=1)).sqrt()
-
-    # float64: rounding in the mean of equal rewards would be blown up by the division
+    # float64: in float32, rounding in the mean of equal rewards is blown up by the division
     groups = rewards.double().view(-1, group_size)
-    advantages = groups - groups.nanmean(1, keepdim=True)
+    scored = ~groups.isnan()
+    advantages = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
     if scale == "group":
-        advantages = advantages / (std(groups) + 1e-4)
-    elif scale == "batch":
-        advantages = advantages / (std(groups.view(1, -1), all_sum) + 1e-4)
-    return advantages.nan_to_num(0.0).view(-1).to(rewards.dtype)
+        n, squares = scored.sum(1, keepdim=True), advantages.square().sum(1, keepdim=True)
+    if scale == "batch":  # around the mean of all rewards, of all processes
+        n = all_sum(scored.sum()).clamp(min=1)
+        squares = all_sum((groups - all_sum(groups.nansum()) / n).square().nansum())
+    if scale != "none":
+        advantages = advantages / ((squares / (n - 1).clamp(min=1)).sqrt() + 1e-4)
+    return advantages.view(-1).to(rewards.dtype)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_low: float,
