@@ -8,8 +8,10 @@
 --kills trains each script once without a break. It then starts the script again, kills it (SIGKILL) at a random
 moment, every other time while it saves a checkpoint, and resumes it. The resumed run must end with the same weights,
 metrics and samples as the unbroken one, bit for bit, and a kill must cost no more than --save-every steps. For each
-kill it prints the last step with metrics, the newest checkpoint, and whether a save was under way. Exit code 1: a kill
-did damage.
+kill it prints the last step with metrics, the newest checkpoint, and whether a save was under way. Every third run is
+killed a second time, after its resume. Each run is then resumed once more, although it is finished (every other one is
+killed in that): nothing may change. At last a random bit of its checkpoint is flipped: --resume must refuse it. Exit
+code 1: something did damage.
 
 --soak prints ten times in a run: the resident memory of the process, and the steps per second since the last time.
 """
@@ -96,11 +98,45 @@ def whole_run(name: str, folder: Path) -> dict:
     return results(folder / name)
 
 
-def kill_one(name: str, number: int, seed: int, folder: Path, expected: dict) -> tuple[bool, bool]:
-    """Kills a run and resumes it. Returns whether its results are as expected, and whether the kill cost too much."""
+def kill_one(name: str, number: int, seed: int, folder: Path, expected: dict) -> tuple[bool, bool, bool, bool]:
+    """Kills a run and resumes it. Returns whether its results are as expected, whether the kill cost too much, whether
+    resuming the finished run changed nothing, and whether a flipped bit was found."""
     moments, run = random.Random(seed * 1000 + number), folder / f"{name}-{number}"
-    process = start(name, folder, *FLAGS[name], "--run-dir", run)
-    target, in_save = moments.randint(SAVE_EVERY, 20), number % 2 == 0
+    lost = kill(start(name, folder, *FLAGS[name], "--run-dir", run), name, number, moments, run, 15)
+    if number % 3 == 0:
+        lost |= kill(start(name, folder, "--resume", run), name, number, moments, run, 20)
+    finish(start(name, folder, "--resume", run))
+    found = results(run)
+    wrong = [key for key in expected if found[key] != expected[key]]
+    again = start(name, folder, "--resume", run)  # it is finished
+    if number % 2:
+        time.sleep(moments.uniform(1, 6))
+        again.kill()
+        again.wait()
+    finish(start(name, folder, "--resume", run))
+    unchanged = results(run) == found
+    flipped = flip_a_bit(newest(run)[1] / "resume", moments)
+    refused = start(name, folder, "--resume", run)
+    noticed = refused.wait() == 2 and "damaged" in refused.err.read_text()
+    print(f"kill {number}, {name}: resumed: {'DIFFERENT ' + ', '.join(wrong) if wrong else 'the same'}; finished and "
+          f"resumed: {'unchanged' if unchanged else 'CHANGED'}; a bit of {flipped}: "
+          f"{'refused' if noticed else 'ACCEPTED'}", flush=True)
+    return not wrong, lost, unchanged, noticed
+
+
+def flip_a_bit(folder: Path, moments: random.Random) -> str:
+    """Flips a random bit of a random file but state.json. Returns its name."""
+    path = moments.choice(sorted(path for path in folder.iterdir() if path.name != "state.json"))
+    data = bytearray(path.read_bytes())
+    data[moments.randrange(len(data))] ^= 1 << moments.randrange(8)
+    path.write_bytes(data)
+    return path.name
+
+
+def kill(process, name: str, number: int, moments: random.Random, run: Path, latest: int) -> bool:
+    """Kills a run at a random moment. Returns whether that cost too much."""
+    first, in_save = max(SAVE_EVERY, last_step(run) + 1), number % 2 == 0
+    target = moments.randint(first, max(latest, first))
     while (last_step(run) < target or not newest(run)[0]) and process.poll() is None:
         time.sleep(0.005)
     time.sleep(0 if in_save else moments.uniform(0, 0.5))
@@ -113,12 +149,9 @@ def kill_one(name: str, number: int, seed: int, folder: Path, expected: dict) ->
     process.kill()
     process.wait()
     reached, kept = last_step(run), newest(run)[0]
-    finish(start(name, folder, "--resume", run))
-    found = results(run)
-    wrong = [key for key in expected if found[key] != expected[key]]
-    print(f"kill {number}, {name}: at step {reached}, newest checkpoint {kept}{', in ' + saving[0] if saving else ''}; "
-          f"resumed: {'DIFFERENT ' + ', '.join(wrong) if wrong else 'the same'}", flush=True)
-    return not wrong, reached - kept > SAVE_EVERY
+    print(f"kill {number}, {name}: at step {reached}, newest checkpoint {kept}{', in ' + saving[0] if saving else ''}",
+          flush=True)
+    return reached - kept > SAVE_EVERY
 
 
 def kills(args: Args):
@@ -134,10 +167,11 @@ def kills(args: Args):
         names = [scripts[i % len(scripts)] for i in range(args.kills)]
         found = list(pool.map(lambda i: kill_one(names[i], i + 1, args.seed, folder, expected[names[i]]),
                               range(args.kills)))
-    same, lost = (sum(column) for column in zip(*found))
+    same, lost, unchanged, noticed = (sum(column) for column in zip(*found))
     print(f"{same} of {args.kills} ended with the same weights, metrics and samples, bit for bit; {lost} lost more "
-          f"than --save-every steps; {time.time() - begun:.0f} s")
-    sys.exit(same < args.kills or lost > 0)
+          f"than --save-every steps; {unchanged} did not change when resumed once more; {noticed} flipped bits were "
+          f"refused; {time.time() - begun:.0f} s")
+    sys.exit(min(same, unchanged, noticed) < args.kills or lost > 0)
 
 
 def soak(args: Args):
