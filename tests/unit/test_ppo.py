@@ -11,7 +11,8 @@ from transformers import (AutoModelForSequenceClassification, GPT2Config, GPT2Fo
 import common
 import modeling
 import ppo
-from helpers.unit import batch, close, float64, refuses, word_tokenizer
+import reward_model
+from helpers.unit import batch, close, float64, make_run, refuses, word_tokenizer
 
 
 # --- token_rewards
@@ -292,3 +293,26 @@ def test_a_critic_with_a_shorter_context_is_refused(tmp_path):
     policy = save_policy(tmp_path / "policy")
     refuses(lambda: load_critic(policy, critic=short), f"--critic {short}", "context", "shorter")
     refuses(lambda: load_critic(policy, critic="tiny/none"), "tiny/none: no such model")
+
+
+def test_a_policy_with_a_padded_vocabulary(tmp_path, capsys):
+    """It may sample a token that its tokenizer lacks: the critic gets rows for these, a reference without is refused."""
+    policy, name = save_policy(tmp_path / "policy", vocab_size=32), save_reward_model(tmp_path / "rm", "llama")
+    critic = load_critic(policy, critic=name)
+    assert critic(torch.tensor([[5, 31]])).logits.isfinite().all()
+    args = ppo.Args(model=policy, reference=save_policy(tmp_path / "reference"), device="cpu")
+    refuses(lambda: make_run(args).load_reference(modeling.load_causal_lm(policy, "cpu")),
+            "--reference", "embeds 30 tokens, and the policy 32")
+
+
+def test_a_reward_model_with_an_added_pad_token_is_a_critic(tmp_path, capsys):
+    """As reward_model.py makes one where the model had none; which critic was taken is printed."""
+    policy = save_policy(tmp_path / "policy")
+    tokenizer = word_tokenizer(WORDS)
+    scorer = reward_model.load_scorer(policy, tokenizer, "cpu")
+    scorer.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    assert len(tokenizer) == 31
+    reward = common.load_reward(str(tmp_path / "rm"), "cpu")
+    ppo.load_critic(ppo.Args(model=policy, reward=str(tmp_path / "rm")), reward, common.load_tokenizer(policy), "cpu")
+    assert f"the critic starts from {tmp_path}/rm\n" in capsys.readouterr().out
