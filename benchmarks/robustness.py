@@ -112,7 +112,7 @@ def kill_one(name: str, number: int, seed: int, folder: Path, expected: dict) ->
     if number % 2:
         time.sleep(moments.uniform(1, 6))
         again.kill()
-        again.wait()
+    again.wait()
     finish(start(name, folder, "--resume", run))
     unchanged = results(run) == found
     flipped = flip_a_bit(newest(run)[1] / "resume", moments)
