@@ -17,12 +17,12 @@ Differences from the paper:
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
-Its relatives, with their authors' settings:
+Its relatives, as in their papers:
 
     DAPO        --loss-type dapo --clip-high 0.28 --beta 0      no dynamic sampling here
-    Dr. GRPO    --loss-type dr_grpo --scale-rewards none
+    Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
     GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4
-    CISPO       --loss-type cispo --clip-low 1 --clip-high 4
+    CISPO       --loss-type cispo --clip-low 1                  tune --clip-high
 
 For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one update per
 rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
