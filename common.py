@@ -409,20 +409,22 @@ class Rollout:
 # --- log-prob helpers
 
 def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask,
-                        temperature: float = 1.0):
+                        temperature: float = 1.0, entropy_grad: bool = False):
     """log pi(token | prompt, tokens before it) and the entropy of pi there, in nats.
 
-    Arguments as for completion_outputs. Returns two float32 (B, T), 0 where the mask is 0; the
-    entropy has no gradient. Logits are computed for the completions' tokens only, in chunks;
-    with several chunks, the backward pass computes them again.
+    Arguments as for completion_outputs. Returns two float32 (B, T), 0 where the mask is 0. The
+    entropy has a gradient only with entropy_grad, which costs memory. Logits are computed for
+    the completions' tokens only, in chunks; with several chunks, the backward pass computes
+    them again.
     """
-    tokens = prompt_ids, prompt_mask, completion_ids, mask
+    arguments = prompt_ids, prompt_mask, completion_ids, mask, temperature, entropy_grad
     if hasattr(model, "logprobs"):  # sharded over processes: set by Run.shard
-        return model.logprobs(*tokens, temperature)
-    return logprobs_of_whole(model, *tokens, temperature)
+        return model.logprobs(*arguments)
+    return logprobs_of_whole(model, *arguments)
 
 
-def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temperature):
+def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask,
+                      temperature: float, entropy_grad: bool):
     """completion_logprobs of a model whose weights are all in this process."""
     rows = trim_padding(prompt_ids, prompt_mask, completion_ids, mask)
     in_completion = rows[-1].bool()
@@ -433,9 +435,10 @@ def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temp
     hidden = hidden[in_completion]  # (N, D)
     head = model.get_output_embeddings() if plain else torch.nn.Identity()
     chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    parts = [checkpoint(token_logprobs, *part, head, temperature, use_reentrant=False)
-             if len(tokens) > chunk else token_logprobs(*part, head, temperature)
+    parts = [(*part, head, temperature, entropy_grad)
              for part in zip(hidden.split(chunk), tokens.split(chunk))]
+    parts = [checkpoint(token_logprobs, *part, use_reentrant=False) if len(parts) > 1 else
+             token_logprobs(*part) for part in parts]
     empty = torch.zeros(mask.shape, device=mask.device)  # (B, T)
     return tuple(empty.masked_scatter(mask.bool(), torch.cat(part)) for part in zip(*parts))
 
@@ -443,11 +446,11 @@ def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask, temp
 LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: 441 tokens of a vocabulary of 151,936
 
 
-def token_logprobs(hidden, tokens, head, temperature: float):
+def token_logprobs(hidden, tokens, head, temperature: float, entropy_grad: bool):
     """Log-prob of each token and the entropy there, two (N,) float32. hidden: (N, D); tokens:
     (N,); head: makes logits (N, V)."""
     log_softmax = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
         entropy = -(log_softmax.exp() * log_softmax).sum(-1)
     return log_softmax.gather(-1, tokens[:, None])[:, 0], entropy
 

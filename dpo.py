@@ -18,8 +18,8 @@ Differences from the papers:
    chosen answers; --sft-weight adds that loss here (Pang et al. 2024,
    arXiv:2404.19733).
 2. IPO takes sums of log-probs, as in its paper's eq. 17. TRL takes means, which
-   here is --length-normalize; beta then has to be larger by the number of
-   tokens of an answer.
+   here is --length-normalize; beta then has to be larger by a factor, the number
+   of tokens of an answer.
 3. An answer ends with one end-of-sequence token, which counts; one that is cut
    has none.
 
@@ -106,8 +106,8 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float,
 
     sigmoid: DPO, eq. 7. label_smoothing e: its expectation if a fraction e of labels is wrong
         (cDPO, Mitchell 2023). robust: an unbiased estimate of the loss on the true labels
-        (Chowdhury et al. 2024, arXiv:2403.00409, eq. 12).
-    hinge: SLiC, relative to the reference (Liu et al. 2023, arXiv:2309.06657, sec. 3.2).
+        (Chowdhury et al. 2024, arXiv:2403.00409, sec. 3.1).
+    hinge: SLiC, relative to the reference (Liu et al. 2023, arXiv:2309.06657, eq. 10).
     ipo: pulls the log-ratio to 1 / (2 beta) (Azar et al. 2023, eq. 17).
     simpo: mean log-probs and no reference (Meng et al. 2024, eq. 6).
     """
@@ -225,13 +225,15 @@ def pair_length(pair: dict) -> int:
 
 # --- evaluation
 
-def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator):
+def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator,
+           temperature=None):
     """Completions for evaluation; run.generator has seeded what generate draws from."""
     args = run.args
     rows = [row for row in rows for _ in range(group_size)]
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
         return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
-                                    args.temperature, args.generate_batch_size)
+                                    temperature or args.temperature,
+                                    args.generate_batch_size)
 
 
 @torch.no_grad()
@@ -267,7 +269,7 @@ def main(args: Args):
                                   lr=args.lr, weight_decay=0.0, fused=True)
     run.steps = math.ceil(args.epochs * len(train_rows) / args.pairs_per_step)
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup, run.steps)
-    evaluate = Evaluator(run, prompts, None, sample, tokenizer)
+    evaluate = Evaluator(run, prompts, None, sample, tokenizer, temperature=1.0)
 
     for rows in [eval_rows] + [train_rows] * (args.epochs > 0):
         add_reference_logprobs(reference, rows, run)
@@ -303,6 +305,7 @@ def main(args: Args):
             run.save(step)
         if run.stopped:  # Ctrl-C
             break
+    return run.dir, run.metrics
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ import json
 import math
 
 import torch
-from common import Rollout, eos_token_ids, kl_estimate, pad, rollout_logprobs
+from common import (Rollout, as_messages, eos_token_ids, kl_estimate, pad,
+                    rollout_logprobs)
 from modeling import UserError, cache_works, generate_by_library
 from runtime import gather_objects, json_lines, reference_mode, write_whole
 
@@ -12,10 +13,12 @@ class Evaluator:
     """Samples completions of the held-out prompts, always with the same seed, scores them, and
     compares them with the reference's.
 
-    reward: None if there is none. sample: the script's function of that name.
+    reward: None if there is none. sample: the script's function of that name. temperature: of
+    the trained log-probs, by which the KL is measured; samples are drawn at --temperature.
     """
 
-    def __init__(self, run, rows: list[dict], reward, sample, tokenizer):
+    def __init__(self, run, rows: list[dict], reward, sample, tokenizer, temperature=None):
+        self.temperature = temperature or run.args.temperature
         self.run, self.rows, self.sample, self.tokenizer = run, rows, sample, tokenizer
         self.rewards = {"reward": reward} if reward else {}
         if run.args.gold:
@@ -55,7 +58,9 @@ class Evaluator:
             judge = list(self.rewards)[-1]  # gold, if there is one
             theirs, lengths = (torch.tensor([row.get(k, math.nan) for row in self.baseline],
                                             dtype=torch.float64) for k in (judge, "length"))
-            metrics |= win_rates(columns[judge] - theirs, columns["length"] - lengths, n)
+            rates = win_rates(columns[judge] - theirs, columns["length"] - lengths, n)
+            by = "" if judge == "gold" else "_by_reward"  # by what is trained: no evidence
+            metrics |= {k.replace("win_rate", "win_rate" + by): v for k, v in rates.items()}
             metrics[f"reference_{judge}"] = theirs.nanmean()
         if "reward" in columns:
             metrics |= pass_rates(columns["reward"], n)
@@ -66,9 +71,10 @@ class Evaluator:
         run.write("samples.jsonl", rows)
         if run.rank == 0:
             for row in rows[:4 * n:n]:
-                score = row.get("reward", row.get("gold"))
-                print("      " + (f"{score:6.2f}  " if score is not None else "")
-                      + f"{shorten(row['prompt'], 40)} -> {shorten(row['completion'], 80)}")
+                prompt = as_messages(row["prompt"])[-1]["content"]  # the user's last turn
+                score = row.get("reward", row.get("gold", math.nan))
+                print("      " + (f"{score:6.2f}  " if math.isfinite(score) else "")
+                      + f"{shorten(prompt, 40)} -> {shorten(row['completion'], 80)}")
 
     def samples(self, model, reference=None) -> list[dict]:
         """A row for each completion of each held-out prompt; every process does its share."""
@@ -77,12 +83,15 @@ class Evaluator:
         repeated = [row for row in rows for _ in range(n)]
         columns = {k: reward(repeated, rollout.texts) for k, reward in self.rewards.items()}
         if reference is not None:
-            groups = list(run.micro_batches(rollout.lengths))
+            drawn = rollout  # the KL is a mean over samples of the distributions themselves
+            if self.temperature != run.args.temperature:
+                drawn = self.sample(model, rows, n, run, self.tokenizer, run.generator(0),
+                                    self.temperature)
+            groups = list(run.micro_batches(drawn.lengths))
             with run.autocast():
-                logprobs, _ = rollout_logprobs(model, rollout, groups, run.args.temperature)
+                logprobs, _ = rollout_logprobs(model, drawn, groups, self.temperature)
             with run.autocast(), reference_mode(reference):
-                ref_logprobs, _ = rollout_logprobs(reference, rollout, groups,
-                                                   run.args.temperature)
+                ref_logprobs, _ = rollout_logprobs(reference, drawn, groups, self.temperature)
             columns["kl"] = kl_estimate(logprobs, ref_logprobs).sum(1)
         columns |= {"length": rollout.mask.sum(1), "truncated": rollout.truncated.float()}
         values = zip(*(column.tolist() for column in columns.values()))
@@ -241,8 +250,7 @@ def distinct_ngrams(completion_ids, mask, n: int = 3):
     return torch.tensor(fractions)
 
 
-def shorten(text, width: int) -> str:
-    text = text if isinstance(text, str) else text[-1]["content"]
+def shorten(text: str, width: int) -> str:
     text = text.strip().replace("\n", " / ")
     text = "".join(c if c.isprintable() else " " for c in text)  # terminals obey some others
     return text if len(text) <= width else text[:width - 1] + "…"

@@ -19,10 +19,12 @@ Differences from the paper:
 
 Its relatives, as in their papers:
 
-    DAPO        --loss-type dapo --clip-high 0.28 --beta 0      no dynamic sampling here
+    DAPO        --loss-type dapo --clip-high 0.28 --beta 0 --mask-truncated
+                (its dynamic sampling is not here)
     Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
-    GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4
-    CISPO       --loss-type cispo --clip-low 1                  tune --clip-high
+    GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --beta 0
+    CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0
+                (the paper does not give its clip: tune it)
 
 For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one update per
 rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
@@ -106,7 +108,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
 # --- the algorithm
 
 def group_advantages(rewards, group_size: int, scale: str = "group"):
-    """Advantage of each completion over its group, (B,) (DeepSeekMath, eq. 3, sec. 4.1.2).
+    """Advantage of each completion over its group, (B,) (DeepSeekMath, sec. 4.1.2).
 
     rewards: (B,), group after group; nan marks a completion without a score, which gets 0.
     scale "none" is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
@@ -342,6 +344,7 @@ def main(args: Args):
             run.save(step)
         if run.stopped:  # set in run.log by Ctrl-C or --max-kl
             break
+    return run.dir, run.metrics
 
 
 if __name__ == "__main__":

@@ -416,6 +416,7 @@ def main(args: Args):
             run.save(step)
         if run.stopped:  # set in run.log by Ctrl-C or --max-kl
             break
+    return run.dir, run.metrics
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """REINFORCE for language models (Williams 1992), and relatives: RLOO (Ahmadian
 et al. 2024, arXiv:2402.14740), ReMax (Li et al. 2023, arXiv:2310.10505) and
-REINFORCE++ (Hu 2025, arXiv:2501.03262).
+REINFORCE++ (Hu et al. 2025, arXiv:2501.03262).
 
 A whole completion is one action. Its log-prob is raised by how much better it
 scored than a baseline, so no critic is needed:
@@ -13,12 +13,14 @@ scored than a baseline, so no critic is needed:
 
 Differences from the papers:
 
-1. RLOO's authors make one update per rollout. For more, the gradient is weighted
-   by the completion's ratio pi / pi_old, and stopped where PPO's clip stops it.
+1. RLOO's authors make two updates per rollout, the default here is one. With more,
+   the gradient is weighted by the completion's ratio pi / pi_old, and stopped where
+   PPO's clip stops it.
 2. ReMax samples one completion per prompt; here a group shares a greedy one.
-3. REINFORCE++ is --baseline none --kl-per-token --whiten (with --baseline mean, its
-   variant with baseline): returns per token, normalized over the rollout. Its own
-   code clips the ratio of each token, this one the completion's.
+3. REINFORCE++ is --baseline none --kl-per-token --whiten: returns per token,
+   normalized over the rollout. Its own code clips the ratio of each token, this one
+   the completion's. Its variant with baseline (--baseline mean) has the KL in the
+   loss, as k2; here it stays in the reward.
 
 With any baseline but the group's mean, which shrinks the reward's part of it to
 (G - 1) / G, the gradient is unbiased (docs/convergence.md has its variance).
@@ -106,8 +108,8 @@ def baseline(rewards, group_size: int, kind: str, moving: float = 0.0, greedy=No
 
     rewards: (B,), group after group; nan leaves a completion out of the means. moving: the
     mean reward of past steps. greedy: (B,), the score of the prompt's greedy completion
-    (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, after eq. 8). All but "mean" are
-    independent of the completion itself, so they do not change the expected gradient.
+    (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, sec. 2.3, after eq. 8). All but "mean"
+    are independent of the completion itself, so they do not change the expected gradient.
     """
     groups = rewards.view(-1, group_size)
     if kind == "mean":
@@ -328,6 +330,7 @@ def main(args: Args):
             run.save(step)
         if run.stopped:  # set in run.log by Ctrl-C or --max-kl
             break
+    return run.dir, run.metrics
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ P(y_w preferred to y_l) = sigmoid(r_w - r_l):
                + centering * E[ (r_w + r_l)^2 ]
 
 Only differences are learned, so the zero of the scale is free. After training
-it is put at the mean score of the reference's own completions, of those that end
-by themselves (Ziegler et al. 2019, arXiv:1909.08593).
+it is put at the mean score of the reference's own completions (Ziegler et al. 2019,
+arXiv:1909.08593, who also set the variance), here of those that end by themselves.
 
 Differences from InstructGPT and Stiennon et al.:
 
-1. Pairs, not rankings of 4 to 9 answers at once.
-2. Stiennon et al. put the zero at the mean score of summaries by people.
+1. Pairs, as in Stiennon et al.; InstructGPT ranks 4 to 9 answers at once.
+2. Both put the zero at the mean score of answers that people wrote.
 
     python reward_model.py                          # the tiny world: a minute on a laptop
     python reward_model.py --model MODEL --data PAIRS.jsonl --lr 1e-5
@@ -86,7 +86,7 @@ def pair_loss(chosen, rejected, margin=0.0, label_smoothing: float = 0.0,
 
     margin: (B,) or 0, how far r_w must exceed r_l (Llama 2, arXiv:2307.09288, eq. 2).
     label_smoothing e: the expected loss if a fraction e of the pairs is swapped (cDPO,
-    Mitchell 2023). centering: Eisenstein et al. 2023, arXiv:2312.09244.
+    Mitchell 2023). centering: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2.
     """
     z, e = chosen - rejected, label_smoothing
     loss = -(1 - e) * F.logsigmoid(z - margin) - e * F.logsigmoid(-z - margin)
@@ -286,6 +286,7 @@ def main(args: Args):
             run.save(step)
         if run.stopped:  # Ctrl-C
             break
+    return run.dir, run.metrics
 
 
 if __name__ == "__main__":

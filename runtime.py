@@ -81,6 +81,8 @@ class RunArgs:
     """steps between checkpoints, besides the one at the end (0: no others)"""
     keep_checkpoints: PosInt = 1
     """how many checkpoints to keep, the newest (1 to 5)"""
+    resumable: bool = True
+    """checkpoints hold what --resume needs: 16 bytes per parameter instead of 4"""
     log_every: PosInt = 5
     """steps between printed lines"""
     eval_every: NonNegInt = 20
@@ -88,7 +90,17 @@ class RunArgs:
     tensorboard: bool = False
     """also write the metrics to RUN/tensorboard"""
 
+    def __new__(cls, **given):
+        self = super().__new__(cls)
+        if "resume" in given:
+            self._given = given  # for __post_init__
+        return self
+
     def __post_init__(self):
+        given = vars(self).pop("_given", ())
+        if self.resume:  # that run's flags, except for those given now
+            saved = saved_flags(Path(self.resume), type(self))
+            vars(self).update((k, v) for k, v in saved.items() if k not in given)
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             if isinstance(value, float) and not math.isfinite(value):
@@ -143,10 +155,10 @@ class OnPolicyArgs(SampleArgs):
     """stop after a step with a larger KL, in nats per completion (5 to 50; 0: never)"""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.data == "tiny/prompts.jsonl":  # the tiny world brings its own
             self.eval_data = self.eval_data or "tiny/heldout.jsonl"
             self.gold = self.gold or "tiny/world.py:gold_reward"
-        super().__post_init__()
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.minibatches * processes > self.prompts_per_step * self.group_size:
             raise UserError("--minibatches: more than a process has completions in a step")
@@ -162,11 +174,9 @@ def cli(main, Args, description: str):
         print(description)
     try:
         resume = re.search("\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))
-        if resume and hasattr(Args, "resume"):  # that run's flags, except for those given now
-            flags = saved_flags(Path(resume[1]), Args) | {"resume": resume[1]}
-            main(tyro.cli(Args, description="", default=Args(**flags)))
-        else:
-            main(tyro.cli(Args, description=""))
+        saved = resume and hasattr(Args, "resume")  # its flags are the defaults
+        main(tyro.cli(Args, description="", **({"default": Args(resume=resume[1])} if saved
+                                               else {})))
     except KeyboardInterrupt:  # before the first step, or the second one
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -211,7 +221,7 @@ def save_last_step():
     if run and run.unsaved and run.world_size == 1:
         with contextlib.suppress(UserError):
             run.save(run.step_done)
-            print(f"saved step {run.step_done}; to continue: --resume {run.dir}")
+            print(f"saved step {run.step_done}" + run.to_continue())
 
 
 HINTS = {  # words of an error of torch -> what to do
@@ -292,6 +302,7 @@ class Run:
         self.args, self.state, self.frozen, self.trained = args, {"step": 0, "rows": 0}, {}, {}
         self.step, self.steps = 0, getattr(args, "steps", 0)
         self.bf16 = self.stopped = False
+        self.metrics = {}  # the last step's, and the last evaluation's
         self._rows, self._orders, self._phases, self._interrupts = [], {}, [], []
         self._join()
         name = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -559,6 +570,7 @@ class Run:
                 self.stopped = True
                 tqdm.write(f"stopped by --max-kl: the KL of step {step} is {row['kl']:g}")
         row = {"step": step} | row
+        self.metrics |= row
         self.write("metrics.jsonl", [row])
         if self.tensorboard:
             for name, value in row.items():
@@ -628,8 +640,9 @@ class Run:
             raise UserError(f"--resume {self.dir}: another process is writing to this run")
         except OSError as error:
             raise UserError(f"--run-dir: {self.dir} cannot be made: {error.strerror}")
-        needed = 16 * sum(p.numel() for model, _, _ in self.trained.values()
-                          for p in model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for model, _, _ in self.trained.values()
+                      for p in model.parameters() if p.requires_grad)
+        needed = trained * (16 if self.args.resumable else 4)
         free = shutil.disk_usage(self.dir).free
         if free < needed * (self.args.keep_checkpoints + 1):
             raise UserError(f"--run-dir: {self.dir} has {free / 2**30:.1f} GiB free, and a "
@@ -642,6 +655,8 @@ class Run:
         if not self.checkpoints():
             raise UserError(f"{where}: it has no checkpoint yet: start a new run")
         step, folder = self.checkpoints()[-1]
+        if not (folder / "resume").is_dir():
+            raise UserError(f"{where}: {folder} was saved with --no-resumable")
         saved = read_json(folder / "resume/state.json", where)
         try:
             self.state = {name: saved[name] for name in self.state}
@@ -687,9 +702,10 @@ class Run:
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir()
             gather_objects([])
-            with warnings.catch_warnings(action="ignore"):
-                dcp.save(self._tensors(), checkpoint_id=part / "resume",
-                         no_dist=not dist.is_initialized())
+            if self.args.resumable:
+                with warnings.catch_warnings(action="ignore"):
+                    dcp.save(self._tensors(), checkpoint_id=part / "resume",
+                             no_dist=not dist.is_initialized())
             model, _, _ = next(iter(self.trained.values()))
             to_save, = getattr(model, "adapter", [model])
             weights = get_model_state_dict(to_save, options=StateDictOptions(
@@ -700,8 +716,9 @@ class Run:
                 # beside an adapter, transformers would take its config for a whole model's
                 model.config.save_pretrained(part if to_save is model else part / "model")
                 self.tokenizer.save_pretrained(part)
-                write_json(part / "resume/state.json", self.state | {
-                    "updates": updates, "checksums": checksums(part / "resume")})
+                if self.args.resumable:
+                    write_json(part / "resume/state.json", self.state | {
+                        "updates": updates, "checksums": checksums(part / "resume")})
                 part.rename(folder)
                 self.unsaved = False
                 for _, old in self.checkpoints()[:-self.args.keep_checkpoints]:
@@ -711,9 +728,12 @@ class Run:
             raise UserError(f"{folder}: not written: {last_line(error)} (earlier checkpoints "
                             "are untouched)")
         if self.stopped:
-            print(f"stopped after step {step}; to continue: --resume {self.dir}")
+            print(f"stopped after step {step}" + self.to_continue())
         if step == self.steps:
             print(f"the trained model is in {folder}")
+
+    def to_continue(self) -> str:
+        return f"; to continue: --resume {self.dir}" if self.args.resumable else ""
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of the complete checkpoints, the newest last."""

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import kl_estimate, load_prompts, load_tokenizer, masked_whiten, rollout_logprobs  # noqa: E402
+from common import as_messages, kl_estimate, load_prompts, load_tokenizer, masked_whiten, rollout_logprobs  # noqa: E402
 from evaluation import shorten  # noqa: E402
 from modeling import UserError, load_causal_lm  # noqa: E402
 from runtime import PosInt, Run, RunArgs, cli, last_line, read_json, reference_mode  # noqa: E402
@@ -136,7 +136,7 @@ def main(args: Args):
     colors = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     size = run.args.group_size
     for n, prompt in enumerate(prompts):
-        print(shorten(prompt["prompt"], 90))
+        print(shorten(as_messages(prompt["prompt"])[-1]["content"], 90))
         scored = [i for i in range(n * size, (n + 1) * size) if scores[i] == scores[i]]  # not nan
         for name, choose in {"best": max, "worst": min}.items() if scored else ():
             i = choose(scored, key=scores.__getitem__)

@@ -1,4 +1,6 @@
 """Runs of the unlucky, the careless and the hostile: nothing is lost, trained wrongly, or run that was not asked for."""
+import copy
+import dataclasses
 import fcntl
 import io
 import json
@@ -53,6 +55,51 @@ def reward(prompts, completions, **columns):
     assert reward(rows, ["x", "y"]).tolist() == [1, 1]
     assert os.getcwd() == str(ROOT) and torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
     assert rows == [{"prompt": "a", "answer": ["b"]}, {"prompt": "c", "answer": ["d"]}]
+
+
+def test_from_python_a_run_is_returned_and_resumed_with_its_flags(tmp_path):
+    """Args(resume=...) takes that run's flags, except for those given, also where those are the defaults."""
+    folder, metrics = grpo.main(grpo.Args(**small_flags("grpo", tmp_path / "run", lr=1e-3, beta=0.1)))
+    log = read(folder / "metrics.jsonl")
+    assert folder == tmp_path / "run" and metrics == log[-2] | log[-1] and {"loss", "eval_gold"} <= metrics.keys()
+    args = grpo.Args(resume=str(folder), steps=3, beta=0.04)
+    assert (args.lr, args.beta, args.steps, args.group_size) == (1e-3, 0.04, 3, 4)
+    assert copy.copy(args) == args == dataclasses.replace(args) and set(vars(args)) == set(vars(copy.copy(args)))
+    again, metrics = grpo.main(args)
+    assert again == folder and metrics["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["ppo", "reward_model"])
+def test_a_checkpoint_may_leave_out_what_resume_needs(name, tmp_path, capsys):
+    """A quarter of the bytes or less; the model is the same, and --resume says why it cannot."""
+    sizes = []
+    for resumable in (True, False):
+        folder = tmp_path / f"run-{resumable}"
+        run(name, folder, resumable=resumable)
+        files = list((folder / checkpoints(folder)[-1]).rglob("*"))
+        sizes.append(sum(path.stat().st_size for path in files))
+        assert any(path.name == "resume" for path in files) == resumable
+    assert sizes[1] < 0.3 * sizes[0]
+    both = [tmp_path / f"run-{resumable}" for resumable in (True, False)]
+    weights = [(folder / checkpoints(folder)[-1] / "model.safetensors").read_bytes() for folder in both]
+    assert weights[0] == weights[1]
+    capsys.readouterr()
+    error = fails(capsys, name, resume=both[1])
+    assert error == f"--resume {both[1]}: {both[1] / checkpoints(both[1])[-1]} was saved with --no-resumable"
+
+
+def test_dpo_measures_the_kl_at_the_temperature_that_it_trains_at(tmp_path):
+    run("dpo", tmp_path / "run", lr=3e-3, eval_prompts=0)
+    flags = dict(model=str(tmp_path / "run" / checkpoints(tmp_path / "run")[-1]), reference="tiny/policy", epochs=0,
+                 eval_prompts=8)
+    (one,), (half,) = (run("dpo", tmp_path / f"at-{t}", temperature=t, **flags) for t in (1.0, 0.5))
+    assert half["eval_kl"] == one["eval_kl"] > 0.01 and half["eval_gold"] != one["eval_gold"]
+
+
+def test_a_win_rate_by_the_trained_reward_says_so(tmp_path, capsys):
+    run("grpo", tmp_path / "run", gold="")
+    assert "eval_win_rate_by_reward 0.5 (" in capsys.readouterr().out
+    assert not any("eval_win_rate" in row for row in read(tmp_path / "run/metrics.jsonl"))
 
 
 def test_from_python_a_reward_is_a_function_and_ctrl_c_is_given_back(tmp_path):

@@ -175,7 +175,7 @@ def test_groups_of_equal_rewards_are_counted(scores, flat, right):
 
 def test_shorten():
     assert evaluation.shorten("a\nb", 9) == "a / b"
-    assert evaluation.shorten([{"role": "user", "content": "x" * 20}], 8) == "x" * 7 + "…"
+    assert evaluation.shorten("x" * 20, 8) == "x" * 7 + "…"
 
 
 # --- sample_with_generate
@@ -248,8 +248,8 @@ def test_an_evaluation_compares_with_the_references_completions(tmp_path, capsys
     start, later = read("metrics.jsonl")
     assert start["eval_reward"] == start["eval_reference_reward"] == pytest.approx(7 / 3, abs=1e-4)
     assert later["eval_reference_reward"] == start["eval_reference_reward"]
-    assert start["eval_win_rate"] == 0.5 and abs(start["eval_kl"]) < 1e-5
-    assert (later["eval_win_rate"], later["eval_reward"]) == pytest.approx((2 / 3, 11 / 3), abs=1e-4)
+    assert start["eval_win_rate_by_reward"] == 0.5 and abs(start["eval_kl"]) < 1e-5
+    assert (later["eval_win_rate_by_reward"], later["eval_reward"]) == pytest.approx((2 / 3, 11 / 3), abs=1e-4)
     assert (later["step"], later["eval_own"], later["eval_length"]) == (7, 5.0, pytest.approx(13 / 3, abs=1e-4))
     assert start["eval_truncated"] == 0 and later["eval_truncated"] == pytest.approx(1 / 3, abs=1e-4)
     samples = read("samples.jsonl")
@@ -270,13 +270,20 @@ def test_the_kl_is_that_of_the_sampled_tokens(tmp_path):
     assert read("metrics.jsonl")[0]["eval_kl"] == pytest.approx((ours - theirs).sum().item() / 3, rel=1e-3)
 
 
+def test_sample_lines_show_the_last_turn_and_no_number_where_there_is_none(tmp_path, capsys):
+    rows = [{"prompt": "\n\nHuman: first\n\nAssistant: so\n\nHuman: last\n\nAssistant:", "prompt_ids": [18]}]
+    evaluate, _ = evaluator(tmp_path, by_length, [[[20, EOS]]], rows)
+    evaluate(0, llama().eval(), None)
+    assert capsys.readouterr().out.splitlines()[-1] == "      last -> w18"
+
+
 def test_unscored_completions_are_in_no_mean_and_no_win_rate(tmp_path):
     one = [[20, EOS], [20, 21, EOS], [20, 21, EOS]]  # the first has one word: no score
     evaluate, read = evaluator(tmp_path, by_length, [FIRST, one])
     evaluate(0, llama().eval(), None)
     evaluate(1, llama().eval(), None)
     found = read("metrics.jsonl")[1]
-    assert found["eval_reward"] == 2 and found["eval_win_rate"] == pytest.approx((0 + 0.5) / 2)
+    assert found["eval_reward"] == 2 and found["eval_win_rate_by_reward"] == pytest.approx((0 + 0.5) / 2)
     assert "eval_kl" not in found and "reward" not in read("samples.jsonl")[3]
 
 
@@ -286,7 +293,7 @@ def test_another_reference_is_sampled_itself(tmp_path):
     model = llama().eval()
     evaluate(0, model, model)
     found, = read("metrics.jsonl")
-    assert (found["eval_reference_reward"], found["eval_win_rate"]) == pytest.approx((7 / 3, 2 / 3), abs=1e-4)
+    assert (found["eval_reference_reward"], found["eval_win_rate_by_reward"]) == pytest.approx((7 / 3, 2 / 3), abs=1e-4)
 
 
 def test_a_gold_reward_judges_and_pass_rates_are_the_rewards(tmp_path, monkeypatch):
@@ -321,7 +328,8 @@ def test_without_rows_only_the_scripts_own_metrics_are_logged(tmp_path):
 def test_a_resumed_run_keeps_its_baseline_and_its_prompts(tmp_path):
     evaluate, read = evaluator(tmp_path, by_length, [FIRST])
     evaluate(0, llama().eval(), None)
-    run = SimpleNamespace(dir=evaluate.run.dir, args=grpo.Args(data="none.jsonl", resume=str(tmp_path / "run")))
+    run = SimpleNamespace(dir=evaluate.run.dir, args=grpo.Args(data="none.jsonl"))
+    run.args.resume = str(tmp_path / "run")
     assert Evaluator(run, ROWS, by_length, None, None).baseline == read("baseline.jsonl")
     refuses(lambda: Evaluator(run, ROWS[:2], by_length, None, None), "--resume", "held-out prompts", "--eval-samples")
     run.args.eval_samples = 2

@@ -41,6 +41,27 @@ def test_logprobs_and_entropy_are_those_of_a_loop_over_tokens(model, temperature
     assert logprobs.dtype == entropy.dtype == torch.float32
 
 
+@pytest.mark.parametrize("chunk", [2**26, 3 * V])
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(model, chunk, monkeypatch):
+    """Against central differences in float64, in one chunk of logits and in several; without being asked, none."""
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", chunk)
+    model.double()
+    weight = next(p for name, p in model.named_parameters() if p.dim() == 2)
+
+    def total():
+        return common.completion_logprobs(model, *batch(), 0.7, entropy_grad=True)[1].sum()
+    total().backward()
+    row = weight.grad.abs().sum(1).argmax()
+    expected = weight.grad[row, 0].item()
+    with torch.no_grad():
+        weight[row, 0] += 1e-3
+        up = total().item()
+        weight[row, 0] -= 2e-3
+        down = total().item()
+    assert expected == pytest.approx((up - down) / 2e-3, rel=1e-2) and abs(expected) > 1e-3
+    assert not common.completion_logprobs(model, *batch(), 0.7)[1].requires_grad
+
+
 @pytest.mark.parametrize("left, right", [(3, 0), (0, 5), (7, 2)])
 def test_padding_changes_no_number(model, left, right):
     """Neither values nor gradients (in float64, so that rounding hides nothing); where the mask is 0 there are
