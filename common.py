@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling import (UserError, body_of, cache_works, completion_outputs, context_length,
                       first_line, freeze, has_plain_head, load_config, load_model)
@@ -207,7 +206,7 @@ def load_tokenizer(name: str):
     padding."""
     vocab_size = load_config(name).get_text_config().vocab_size
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{name}: no tokenizer loads from it: {first_line(error)}")
     tokenizer.clean_up_tokenization_spaces = False  # decoded text is what was generated
@@ -542,7 +541,7 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     if tokenizer.chat_template is None:
         print(f"{name}: has no chat template: it reads a prompt's text and right after it the "
               "completion's")
-    model, missing = load_model(AutoModelForSequenceClassification, name, device)
+    model, missing = load_model(transformers.AutoModelForSequenceClassification, name, device)
     if model.config.num_labels != 1 or missing:
         raise UserError(f"{name}: not a reward model: it needs one label, and has "
                         + (f"no weights for {', '.join(sorted(missing))}" if missing else

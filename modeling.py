@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          DynamicCache, GenerationConfig, PreTrainedModel)
+import transformers  # its names are looked up where they are used: some take seconds to load
 
 
 class UserError(Exception):
@@ -59,8 +58,8 @@ def load_config(name: str, **changes):
     """A model's config, with every kind of dropout set to 0."""
     check_model(name)
     try:
-        config = AutoConfig.from_pretrained(config_folder(name), trust_remote_code=False,
-                                            **changes)
+        config = transformers.AutoConfig.from_pretrained(
+            config_folder(name), trust_remote_code=False, **changes)
     except Exception as error:
         raise UserError(f"{name}: its config does not load: {first_line(error)}")
     config.return_dict, config.output_router_logits = True, False  # outputs as we read them
@@ -124,9 +123,9 @@ def load_model(auto_class, name: str, device, **config_changes):
         if adapters and isinstance(error, ImportError):
             raise UserError(f"{name}: is a LoRA adapter: pip install peft")
         raise UserError(f"{name}: does not load as a {kind} model: {first_line(error)}")
-    if unexpected and (auto_class is AutoModelForCausalLM  # other models may get a new head
+    if unexpected and (kind == "CausalLM"  # other models may get a new head
                        or "SequenceClassification" in str(config.architectures)):
-        what = "causal LM" if auto_class is AutoModelForCausalLM else "reward model"
+        what = "causal LM" if kind == "CausalLM" else "reward model"
         raise UserError(f"{name}: not a {what}: it has weights that {type(model).__name__} "
                         f"lacks, {min(unexpected)}")
     for module in model.modules():
@@ -138,7 +137,7 @@ def load_model(auto_class, name: str, device, **config_changes):
 
 def load_causal_lm(name: str, device):
     """A causal LM, whose forward pass was tried on a few tokens (check_forward)."""
-    model, missing = load_model(AutoModelForCausalLM, name, device)
+    model, missing = load_model(transformers.AutoModelForCausalLM, name, device)
     if missing:
         raise UserError(f"{name}: not a causal LM: it has no weights for "
                         f"{', '.join(sorted(missing)[:3])}")
@@ -150,8 +149,8 @@ def load_body(name: str, device):
     """(body, head): what makes a model's last hidden states, and a linear head on them with
     one output: a reward model's, or zeros."""
     if "SequenceClassification" in str(load_config(name).architectures):
-        model, missing = load_model(AutoModelForSequenceClassification, name, device,
-                                    num_labels=1)
+        model, missing = load_model(transformers.AutoModelForSequenceClassification, name,
+                                    device, num_labels=1)
         if not hasattr(model, "score"):
             raise UserError(f"{name}: no critic: an encoder attends to later tokens")
         weight = model.score.weight.detach() * (not missing)  # (1, D)
@@ -166,7 +165,8 @@ def load_body(name: str, device):
 
 def body_of(model):
     """A model without its head: what makes the last hidden states."""
-    parts = (part for part in model.children() if isinstance(part, PreTrainedModel))
+    parts = (part for part in model.children()
+             if isinstance(part, transformers.PreTrainedModel))
     return model.base_model if model.base_model is not model else next(parts, model)
 
 
@@ -214,7 +214,7 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask, s
         return output[torch.arange(len(ids), device=ids.device)[:, None],
                       before.clamp(max=output.shape[1] - 1)]
     prompt_mask, prompt_ids = prompts[:, :P - 1], prompts[:, P:-1]  # (prompts, P - 1)
-    cache = DynamicCache(config=network.config)
+    cache = transformers.DynamicCache(config=network.config)
     network(input_ids=prompt_ids, attention_mask=prompt_mask, use_cache=True,
             position_ids=positions(prompt_mask), **cache_argument(network, cache))
     cache.batch_select_indices(prompt_of)  # (B, ...)
@@ -290,7 +290,7 @@ def check_forward(model):
                         "alone: its log-probs would be wrong")
     model.eval()
     try:
-        cache = DynamicCache(config=model.config)
+        cache = transformers.DynamicCache(config=model.config)
         outputs = [next_outputs(prompt_ids)]
         cache.batch_repeat_interleave(2)
         mask = F.pad(mask, (0, 1), value=1).repeat_interleave(2, 0)
@@ -319,7 +319,7 @@ def check_forward(model):
 def generate_by_library(model, prompt_ids, prompt_mask, **settings):
     """What transformers' generate gives with these settings alone: the model's own
     generation_config changes nothing."""
-    own, model.generation_config = model.generation_config, GenerationConfig(
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig(
         pad_token_id=0, **settings)
     try:
         return model.generate(input_ids=prompt_ids, attention_mask=prompt_mask)

@@ -26,12 +26,8 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
 import tyro
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 from common import (check_room, load_reward, load_tokenizer, logprobs_of_whole, micro_batches,
@@ -413,6 +409,8 @@ class Run:
         """Splits a model over the processes with FSDP2, layer by layer."""
         if not dist.is_initialized():
             return model
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         if model.get_output_embeddings() is not None:
             with self.autocast():
@@ -430,7 +428,7 @@ class Run:
         return model
 
     def _sharded(self, model) -> list:
-        return [module for module in model.modules() if isinstance(module, FSDPModule)]
+        return [module for module in model.modules() if hasattr(module, "unshard")]
 
     @contextlib.contextmanager
     def gathered(self, model):
@@ -651,6 +649,7 @@ class Run:
 
     def _load(self):
         """Loads the last checkpoint, and takes the run's folder back to it."""
+        import torch.distributed.checkpoint as dcp  # here, since --help needs none of it
         where = f"--resume {self.dir}"
         if not self.checkpoints():
             raise UserError(f"{where}: it has no checkpoint yet: start a new run")
@@ -689,6 +688,9 @@ class Run:
     def save(self, step: int):
         """RUN/checkpoint-STEP: what from_pretrained loads, and in resume/ what --resume needs.
         It has its name only when it is complete, so a kill leaves no half of one."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import (StateDictOptions,
+                                                             get_model_state_dict)
         folder, part = self.dir / f"checkpoint-{step}", self.dir / f"checkpoint-{step}.part"
         self.state["step"] = step
         finite = [weight.isfinite().all() for model, _, _ in self.trained.values()

@@ -2,6 +2,8 @@
 import ast
 import html.parser
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,11 @@ def test_a_bad_command_fails(command, error):
 def test_a_good_command_passes(command):
     words, = commands(f"```\n{command}\n```")
     check_command(words)
+
+
+def test_help_loads_no_more_than_it_needs():
+    """Models, checkpoints and FSDP take seconds to import, which --help and a wrong flag need not wait for."""
+    code = ("import sys, grpo, ppo, reinforce, dpo, reward_model\n"
+            "heavy = ['transformers.modeling_utils', 'torch.distributed.checkpoint', 'torch.distributed.fsdp']\n"
+            "print([name for name in heavy if name in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"

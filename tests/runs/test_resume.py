@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 
 import common
@@ -199,7 +200,7 @@ def test_a_checkpoint_has_its_name_only_when_it_is_complete(name, tmp_path, monk
                 seen.append([name for name in checkpoints(tmp_path / "run") if not name.endswith(".part")])
             return result
         monkeypatch.setattr(owner, function, call)
-    watch(runtime.dcp, "save")  # the first part of a checkpoint
+    watch(torch.distributed.checkpoint, "save")  # the first part of a checkpoint
     watch(type(common.load_tokenizer("tiny/policy")), "save_pretrained")  # one of the last
     changes = dict(steps=5) if name == "grpo" else dict(pairs_per_step=3)
     run(name, tmp_path / "run", save_every=2, eval_every=0, **changes)
@@ -209,19 +210,19 @@ def test_a_checkpoint_has_its_name_only_when_it_is_complete(name, tmp_path, monk
 
 @pytest.mark.parametrize("name", ["grpo", "reward_model"])
 def test_a_save_that_fails_leaves_the_checkpoint_before_it(name, tmp_path, monkeypatch, capsys):
-    save = runtime.dcp.save
+    save = torch.distributed.checkpoint.save
 
     def full(tensors, checkpoint_id, **options):
         save(tensors, checkpoint_id=checkpoint_id, **options)
         if "checkpoint-4" in str(checkpoint_id):
             raise OSError(28, "No space left on device")
-    monkeypatch.setattr(runtime.dcp, "save", full)
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", full)
     folder = tmp_path / "run"
     flags = small_flags(name, folder, **LONGER[name])
     error = fails(capsys, name, **flags)
     assert error.startswith(f"{folder}/checkpoint-4: not written: [Errno 28] No space left")
     assert checkpoints(folder) == ["checkpoint-2"]
-    monkeypatch.setattr(runtime.dcp, "save", save)
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", save)
     command(name, resume=folder)
     assert checkpoints(folder) == [f"checkpoint-{5 if name == 'grpo' else 6}"]
 
