@@ -13,13 +13,15 @@ import math
 import os
 import re
 import sys
+import threading
 import traceback
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch.utils.checkpoint import checkpoint
 
@@ -341,7 +343,8 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
         if not 0 < len(ids) <= room:
             raise UserError(
                 f"{path}: row {i}: a prompt of {len(ids)} tokens, and the model's context has "
-                f"room for {room}: lower --max-new-tokens, or set --max-prompt-tokens {room}")
+                f"room for {max(0, room)}: lower --max-new-tokens"
+                + (f", or set --max-prompt-tokens {room}" if room > 0 else ""))
         kept.append({**row, "prompt_ids": ids})
     if len(kept) < len(rows):
         print(f"{path}: skipped {len(rows) - len(kept)} of {len(rows)} rows: longer than "
@@ -433,11 +436,13 @@ def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask,
                                 share=cache_works(model))  # (B, T, D)
     hidden = hidden[in_completion]  # (N, D)
     head = model.get_output_embeddings() if plain else torch.nn.Identity()
-    chunk = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    at_once = LOGITS_AT_ONCE * (4 if hidden.is_cuda else 1)
+    chunk = max(1, at_once // model.config.get_text_config().vocab_size)
     parts = [(*part, head, temperature, entropy_grad)
              for part in zip(hidden.split(chunk), tokens.split(chunk))]
-    parts = [checkpoint(token_logprobs, *part, use_reentrant=False) if len(parts) > 1 else
-             token_logprobs(*part) for part in parts]
+    function = getattr(model, "token_logprobs", token_logprobs)  # compiled: set by Run.shard
+    parts = [checkpoint(function, *part, use_reentrant=False) if len(parts) > 1 else
+             function(*part) for part in parts]
     empty = torch.zeros(mask.shape, device=mask.device)  # (B, T)
     return tuple(empty.masked_scatter(mask.bool(), torch.cat(part)) for part in zip(*parts))
 
@@ -448,7 +453,10 @@ LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: 441 tokens of a vocabulary of 151,
 def token_logprobs(hidden, tokens, head, temperature: float, entropy_grad: bool):
     """Log-prob of each token and the entropy there, two (N,) float32. hidden: (N, D); tokens:
     (N,); head: makes logits (N, V)."""
-    log_softmax = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+    logits = head(hidden).float()  # (N, V)
+    if temperature != 1:
+        logits = logits / temperature
+    log_softmax = logits.log_softmax(-1)
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
         entropy = -(log_softmax.exp() * log_softmax).sum(-1)
     return log_softmax.gather(-1, tokens[:, None])[:, 0], entropy
@@ -561,7 +569,7 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
             print(f"{name}: its chat template drops a part of such completions (reasoning?), "
                   f"and it scores the rest: {dropped[0][:60]!r}")
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            scores = score_texts(model, tokenizer, texts, tokens)
+            scores = score_texts(model, tokenizer, texts, tokens, [id(row) for row in rows])
         for text in (text for text, score in zip(texts, scores) if not score.isfinite()):
             raise UserError(f"{name}: its score is not finite for the conversation that ends "
                             f"{text[-60:]!r}: try --dtype float32")
@@ -582,8 +590,9 @@ def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
 
 
 @torch.no_grad()
-def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192) -> torch.Tensor:
-    """(B,) float32 scores of rendered conversations, with `tokens` per micro-batch."""
+def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192, prompts=None):
+    """(B,) float32 scores of rendered conversations, with `tokens` per micro-batch. prompts: a
+    name for each one's prompt; see score_ids."""
     rows = encode(tokenizer, texts)
     lengths = torch.tensor([len(row) for row in rows])
     limit = context_length(model)
@@ -593,13 +602,32 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192) -> torch
                         "--max-new-tokens, or set --max-prompt-tokens")
     scores = torch.zeros(len(rows), device=model.device)
     for part in micro_batches(lengths, tokens):
-        scores[part.to(model.device)] = score_ids(model, [rows[i] for i in part])
+        scores[part.to(model.device)] = score_ids(
+            model, [rows[i] for i in part], prompts and [prompts[i] for i in part])
     return scores
 
 
-def score_ids(model, rows: list[list[int]]) -> torch.Tensor:
+def score_ids(model, rows: list[list[int]], prompts=None) -> torch.Tensor:
     """(B,) float32 scores of conversations (token ids) by a model with one label, read at the
-    last token. These heads have no bias: `reward_bias` in the model's config is added."""
+    last token. These heads have no bias: `reward_bias` in the model's config is added.
+
+    prompts: a name for each row's prompt. The tokens that its rows have in common pass through
+    the model once, where completion_outputs can share them.
+    """
+    body = body_of(model)
+    if prompts and hasattr(model, "score") and not dist.is_initialized() and cache_works(body):
+        common = {}  # prompt: what its rows begin with
+        for row, prompt in zip(rows, prompts):
+            common[prompt] = os.path.commonprefix([row, common.get(prompt, row)])
+        prompt_ids, prompt_mask = pad([common[prompt] for prompt in prompts], "left",
+                                      model.device)
+        # with one more token, before which the score is read
+        rest = [row[len(common[prompt]):] + [0] for row, prompt in zip(rows, prompts)]
+        completion_ids, mask = pad(rest, "right", model.device)
+        hidden = completion_outputs(body, prompt_ids, prompt_mask, completion_ids, mask,
+                                    share=True)  # (B, T, D)
+        last = hidden[torch.arange(len(rows), device=model.device), mask.sum(1) - 1]  # (B, D)
+        return model.score(last)[:, 0].float() + getattr(model.config, "reward_bias", 0.0)
     config = model.config.get_text_config()
     pad_id, last = config.pad_token_id, {row[-1] for row in rows}
     if pad_id is None:  # transformers reads before the first pad: take one that ends no row
@@ -620,14 +648,17 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
     answers = [c if isinstance(p, str) else [{"role": "assistant", "content": c}]
                for p, c in zip(prompts, completions)]
     folder, dtype, grad = os.getcwd(), torch.get_default_dtype(), torch.is_grad_enabled()
+    default_device = torch.get_default_device()
     try:
         given = dict(prompts=prompts, completions=answers, **columns)
         values = function(**copy.deepcopy(given))
-        if inspect.iscoroutine(values):  # in a thread, as a notebook has a loop in its own
-            values = ThreadPoolExecutor().submit(asyncio.run, values).result()
+        if inspect.iscoroutine(values):
+            values = run_coroutine(values)
         if hasattr(values, "__iter__") and not isinstance(values, (dict, set, str)):
             values = list(values)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, and those of asyncio
         last = traceback.extract_tb(error.__traceback__)[-1]
         hint = f"{last.filename}:{last.lineno}"
         if last.filename == __file__:  # it was not even entered
@@ -636,6 +667,7 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
     finally:  # what it changed for the whole process
         os.chdir(folder)
         torch.set_default_dtype(dtype)
+        torch.set_default_device(default_device)
         torch.set_grad_enabled(grad)
     try:
         scores = [math.nan if v is None else float(v) for v in values]
@@ -649,6 +681,20 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
     if len(scores) != len(rows):
         raise UserError(f"{name}: returned {len(scores)} rewards for {len(rows)} completions")
     return torch.tensor(scores, dtype=torch.float32, device=device)
+
+
+def run_coroutine(coroutine):
+    """Its result. It runs in a thread, as a notebook's own has a loop already, and in one that
+    does not keep a stopped run alive."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(asyncio.run(coroutine))
+        except BaseException as error:
+            future.set_exception(error)
+    threading.Thread(target=work, daemon=True).start()
+    return future.result()
 
 
 def load_function(name: str):

@@ -6,7 +6,7 @@ import torch
 from common import (Rollout, as_messages, eos_token_ids, kl_estimate, pad,
                     rollout_logprobs)
 from modeling import UserError, cache_works, generate_by_library
-from runtime import gather_objects, json_lines, reference_mode, write_whole
+from runtime import gather_objects, json_lines, read_json, reference_mode, write_whole
 
 
 class Evaluator:
@@ -26,11 +26,23 @@ class Evaluator:
         self.baseline = []  # the reference's completions, sampled once
         path = run.dir / "baseline.jsonl"
         if run.args.resume and path.exists():
-            self.baseline = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            prompts = [row["prompt"] for row in rows for _ in range(run.args.eval_samples)]
-            if [row["prompt"] for row in self.baseline] != prompts:
+            try:
+                lines = path.read_text("utf-8").splitlines()
+                self.baseline = [json.loads(line) for line in lines]
+                before = [row["prompt"] for row in self.baseline]
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"--resume {run.dir}: {path} has a line that no run has "
+                                "written")
+            if before != [row["prompt"] for row in rows for _ in range(run.args.eval_samples)]:
                 raise UserError(f"--resume {run.dir}: other held-out prompts than before: "
                                 "keep --eval-data, --eval-prompts and --eval-samples")
+            saved = read_json(run.dir / "args.json", f"--resume {run.dir}")
+            for name in ("gold", "reward", "reference", "max_new_tokens", "temperature"):
+                value = getattr(run.args, name, None)
+                if saved.get(name) != value and not callable(value):
+                    print(f"--{name.replace('_', '-')} has changed: the reference's "
+                          "completions are sampled again, and compared by it")
+                    self.baseline = []
 
     def __call__(self, step: int, policy, reference, metrics=()):
         """Logs an evaluation, with the script's own metrics of it."""

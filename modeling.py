@@ -132,7 +132,10 @@ def load_model(auto_class, name: str, device, **config_changes):
         if isinstance(module, torch.nn.Dropout):  # some heads have one that no config names
             module.p = 0.0
     model.new_modules = sorted({key.rpartition(".")[0] for key in missing})
-    return model.to(device), missing
+    model.to(device)
+    if hasattr(model, "score"):
+        cache_works(body_of(model))  # found out while all weights are float32
+    return model, missing
 
 
 def load_causal_lm(name: str, device):
@@ -142,7 +145,10 @@ def load_causal_lm(name: str, device):
         raise UserError(f"{name}: not a causal LM: it has no weights for "
                         f"{', '.join(sorted(missing)[:3])}")
     check_forward(model.train())
-    return model.eval()
+    if not has_plain_head(model.eval()):  # found out in float32
+        print(f"{name}: its logits are more than its head's outputs, so those of whole rows "
+              "are computed at once, which takes more memory")
+    return model
 
 
 def load_body(name: str, device):
@@ -178,11 +184,11 @@ def freeze(model, bf16: bool):
     """The model without gradients. With bf16 its matrices are kept as autocast would cast them
     at each use: half their memory, and the same numbers."""
     model.eval().requires_grad_(False)
-    head = model.get_output_embeddings()  # often shared with the embeddings
-    for name, module in model.named_modules():
-        is_head = module is head or name in ("score", "classifier")
-        if bf16 and isinstance(module, torch.nn.Linear) and not is_head:
-            module.to(torch.bfloat16)
+    for name, module in model.named_modules() if bf16 else ():
+        if isinstance(module, torch.nn.Linear) and name not in ("score", "classifier"):
+            # parameters of its own: a head's may be the embeddings', which stay float32
+            module.load_state_dict({k: v.to(torch.bfloat16) for k, v in
+                                    module.state_dict().items()}, assign=True)
     return model
 
 
@@ -204,7 +210,8 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask, s
         getattr(m, "gradient_checkpointing", False) for m in network.modules())
     # several processes must pass through their layers equally often, so they share nothing
     if (not share or P == 1 or len(prompts) == len(ids) or checkpointing
-            or dist.is_initialized()):
+            or dist.is_initialized()
+            or ids.is_cuda and P < T):  # two passes with masks cost a GPU more than that
         # move each row to the left: padding then comes last, where no token attends to it
         first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
         place = torch.arange(int(attention_mask.sum(1).max()), device=ids.device)[None]
@@ -226,6 +233,18 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask, s
 def positions(mask):
     """The place of each token in its row, (B, P), padding not counted."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class SamplingCache(transformers.DynamicCache):
+    """A cache of keys and values in the precision in which autocast lets attention read them:
+    in bfloat16 half the memory and the same numbers. (Not for training: gradients of a shared
+    prompt would add up in bfloat16.)"""
+    def update(self, key_states, value_states, *args, **kwargs):
+        device = key_states.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
 
 
 def cache_argument(model, cache) -> dict:

@@ -39,14 +39,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, get_scheduler
+from transformers import get_scheduler
 from transformers.modeling_outputs import TokenClassifierOutput
 
 from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
                     load_tokenizer, masked_whiten, pad, rollout_logprobs, same_tokens)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
-from modeling import (UserError, cache_argument, cache_works, completion_outputs,
-                      context_length, embedding_rows, load_body, load_causal_lm)
+from modeling import (SamplingCache, UserError, cache_argument, cache_works,
+                      completion_outputs, context_length, embedding_rows, load_body,
+                      load_causal_lm)
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
 
@@ -161,11 +162,11 @@ def value_loss(values, old_values, returns, value_clip: float):
     return loss / 2
 
 
-def adapted_beta(beta: float, kl: float, completions: int, args) -> float:
-    """Beta after a step with this mean KL (Ziegler et al. 2019, sec. 2.2; the target of 6 and
-    the horizon are their code's)."""
+def beta_change(kl: float, completions: int, args) -> float:
+    """By what a step with this mean KL multiplies beta (Ziegler et al. 2019, sec. 2.2; the
+    target of 6 and the horizon are their code's)."""
     error = max(-0.2, min(0.2, kl / args.kl_target - 1))
-    return beta * (1 + error * completions / args.kl_horizon)
+    return 1 + error * completions / args.kl_horizon
 
 
 def explained_variance(values, returns, mask):
@@ -223,7 +224,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
     end-of-sequence token. Without a generator, decodes greedily.
     """
-    cache = DynamicCache(config=model.config)
+    cache = SamplingCache(config=model.config)
     past = cache_argument(model, cache)  # its keyword depends on the version of transformers
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
@@ -239,11 +240,11 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
         token = (probs.argmax(-1, keepdim=True) if generator is None else
                  torch.multinomial(probs, 1, generator=generator))  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
-        alive = ~torch.isin(token[:, 0], eos_ids)
-        if t == max_new_tokens - 1 or not alive.any():
+        alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
+        if t == max_new_tokens - 1 or len(alive) == 0:
             break
-        if not alive.all():  # drop finished completions from the batch
-            cache.batch_select_indices(alive.nonzero()[:, 0])
+        if len(alive) < len(active):  # drop finished completions from the batch
+            cache.batch_select_indices(alive)
             active, token, attention_mask, position = (x[alive] for x in (
                 active, token, attention_mask, position))
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1
@@ -290,7 +291,7 @@ def main(args: Args):
 
     # --- setup of the algorithm
     single_update = False  # step 4 needs old_logprobs: the KL is part of the rewards
-    run.state["beta"] = args.beta
+    run.state["beta_factor"] = 1.0
     critic = run.trainable(load_critic(args, reward, tokenizer, run.device))
     critic_optimizer = torch.optim.AdamW((p for p in critic.parameters() if p.requires_grad),
                                          lr=args.critic_lr, weight_decay=0.0, fused=True)
@@ -335,7 +336,7 @@ def main(args: Args):
         with run.autocast():
             values = rollout_values(critic, rollout, micro_batches)  # (B, T)
         kl = kl_estimate(old_logprobs, ref_logprobs)  # (B, T)
-        beta = run.state["beta"] if args.kl_target > 0 else args.beta
+        beta = args.beta * run.state["beta_factor"]
         rewards = token_rewards(rewards.nan_to_num(0.0), kl, rollout.mask, beta)  # (B, T)
         advantages, returns = gae(rewards, values, rollout.mask, args.gamma, args.gae_lambda)
         if args.whiten:
@@ -343,7 +344,7 @@ def main(args: Args):
         if args.kl_target > 0:
             completions = args.prompts_per_step * args.group_size
             mean_kl = all_sum(kl.sum()).item() / completions
-            run.state["beta"] = adapted_beta(beta, mean_kl, completions, args)
+            run.state["beta_factor"] *= beta_change(mean_kl, completions, args)
 
         # 5. update
         run.phase("update")

@@ -40,12 +40,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, get_scheduler
+from transformers import get_scheduler
 
 from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
                     load_tokenizer, masked_whiten, pad, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
-from modeling import UserError, cache_argument, cache_works, load_causal_lm
+from modeling import (SamplingCache, UserError, cache_argument, cache_works,
+                      load_causal_lm)
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
 
@@ -163,7 +164,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
     end-of-sequence token. Without a generator, decodes greedily.
     """
-    cache = DynamicCache(config=model.config)
+    cache = SamplingCache(config=model.config)
     past = cache_argument(model, cache)  # its keyword depends on the version of transformers
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
@@ -179,11 +180,11 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
         token = (probs.argmax(-1, keepdim=True) if generator is None else
                  torch.multinomial(probs, 1, generator=generator))  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
-        alive = ~torch.isin(token[:, 0], eos_ids)
-        if t == max_new_tokens - 1 or not alive.any():
+        alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
+        if t == max_new_tokens - 1 or len(alive) == 0:
             break
-        if not alive.all():  # drop finished completions from the batch
-            cache.batch_select_indices(alive.nonzero()[:, 0])
+        if len(alive) < len(active):  # drop finished completions from the batch
+            cache.batch_select_indices(alive)
             active, token, attention_mask, position = (x[alive] for x in (
                 active, token, attention_mask, position))
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1

@@ -168,8 +168,8 @@ def pair_length(pair: dict) -> int:
 def score_pairs(model, pairs: list[dict], run: Run):
     """Scores of the chosen and of the rejected answers: two (B,)."""
     with run.autocast():
-        return score_ids(model, [pair[side] for side in ("chosen_ids", "rejected_ids")
-                                 for pair in pairs]).chunk(2)
+        rows = [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs]
+        return score_ids(model, rows, prompts=2 * list(range(len(pairs)))).chunk(2)
 
 
 # --- evaluation

@@ -31,7 +31,7 @@ import tyro
 from tqdm import tqdm
 
 from common import (check_room, load_reward, load_tokenizer, logprobs_of_whole, micro_batches,
-                    same_tokens)
+                    same_tokens, token_logprobs)
 from modeling import (UserError, embedding_rows, first_line, freeze, has_plain_head,
                       load_causal_lm)
 
@@ -42,6 +42,9 @@ BOUNDS = {"more than 0": lambda x: x > 0, "at least 0": lambda x: x >= 0,
 PosInt, PosFloat = Annotated[int, "more than 0"], Annotated[float, "more than 0"]
 NonNegInt, NonNegFloat = Annotated[int, "at least 0"], Annotated[float, "at least 0"]
 Fraction, Smoothing = Annotated[float, "from 0 to 1"], Annotated[float, "from 0 to below 0.5"]
+
+
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
 @dataclass
@@ -66,6 +69,8 @@ class RunArgs:
     """train LoRA adapters of this rank (8 to 64), with ten times the --lr (0: all weights)"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; weights stay float32 (auto: bfloat16 where faster)"""
+    compile: bool = False
+    """compile the log-probs of large vocabularies: faster after half a minute (needs gcc)"""
     device: str = "auto"
     """cuda, cpu, or auto"""
 
@@ -97,8 +102,16 @@ class RunArgs:
         if self.resume:  # that run's flags, except for those given now
             saved = saved_flags(Path(self.resume), type(self))
             vars(self).update((k, v) for k, v in saved.items() if k not in given)
+            if self.run_dir not in ("", saved["run_dir"]):
+                raise UserError("--run-dir: not with --resume, which writes to that run")
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
+            value, kind = getattr(self, name), getattr(hint, "__origin__", hint)
+            if kind in KINDS and type(value) is not kind and not (
+                    kind is float and type(value) is int or kind is str and callable(value)):
+                raise UserError(f"{flag}: must be {KINDS[kind]}, not {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag}: must be a finite number")
             if get_origin(hint) is Literal and value not in get_args(hint):
@@ -169,14 +182,17 @@ def cli(main, Args, description: str):
     if {"-h", "--help"} & set(sys.argv):
         print(description)
     try:
-        resume = re.search("\0--resume[=\0]([^\0]+)", "\0".join(sys.argv))
+        resume = re.findall("(?<=\0)--resume[=\0]([^\0]*)", "\0".join(sys.argv))
+        if resume and not resume[-1]:
+            raise UserError("--resume: names no run folder")
         saved = resume and hasattr(Args, "resume")  # its flags are the defaults
-        main(tyro.cli(Args, description="", **({"default": Args(resume=resume[1])} if saved
+        main(tyro.cli(Args, description="", **({"default": Args(resume=resume[-1])} if saved
                                                else {})))
     except KeyboardInterrupt:  # before the first step, or the second one
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
+        save_last_step()
         hint = "".join(hint for words, hint in HINTS.items() if re.search(words, repr(error)))
         if not (isinstance(error, (UserError, OSError)) or hint):
             raise
@@ -184,7 +200,6 @@ def cli(main, Args, description: str):
             time.sleep(3)  # the first process says the same, unless this one fails alone
         line = str(error) if isinstance(error, UserError) else first_line(error)[:100]
         print(f"error: {line}{hint}", file=sys.stderr)
-        save_last_step()
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -192,10 +207,11 @@ def cli(main, Args, description: str):
 
 
 class Shown:
-    """A stream on which a letter that a terminal lacks, or a closed pipe, ends no run."""
+    """A stream on which a letter that a terminal lacks, a closed pipe, or a terminal that has
+    gone away ends no run."""
     def __init__(self, stream):
-        self.stream = stream
-        stream.reconfigure(errors="replace")
+        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
+        self.stream.reconfigure(errors="replace")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -203,11 +219,13 @@ class Shown:
     def write(self, text):
         try:
             return self.stream.write(text)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stream = open(os.devnull, "w")
 
     def flush(self):
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
 
@@ -224,7 +242,7 @@ HINTS = {  # words of an error of torch -> what to do
     "out of memory|allocate memory|not enough memory|MemoryError":
         ": out of memory: lower --micro-batch-tokens or --generate-batch-size, or use "
         "--gradient-checkpointing, --lora-rank or --dtype bfloat16",
-    "probability tensor":
+    "probability tensor|device-side assert":
         ": the policy's probabilities are not finite: lower --lr, or use --dtype float32; "
         "--resume continues from the newest checkpoint"}
 
@@ -289,6 +307,9 @@ class Bar(list):
                          disable=rank() > 0 or None))
 
 
+LOCKS = weakref.WeakValueDictionary()  # path: open file
+
+
 class Run:
     """One training run in this process: where it computes, and where it writes."""
     newest = None  # for save_last_step
@@ -303,10 +324,7 @@ class Run:
         self._join()
         name = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(gather_objects([args.resume or args.run_dir or name])[0])
-        begun = {"args.json", "lock", "baseline.jsonl"}  # of a run that made no step
-        if self.dir.exists() and not args.resume and (
-                not self.dir.is_dir() or {path.name for path in self.dir.iterdir()} - begun):
-            raise UserError(f"--run-dir: {self.dir} exists: name a new one, or move it away")
+        self._check_folder()
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("--tensorboard: pip install tensorboard")
         transformers.logging.set_verbosity_error()
@@ -316,6 +334,12 @@ class Run:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
         warnings.filterwarnings("ignore", ".*(deterministic|gradient_checkpointing)")
+
+    def _check_folder(self):
+        begun = {"args.json", "lock", "baseline.jsonl"}  # of a run that made no step
+        if self.dir.exists() and not self.args.resume and (
+                not self.dir.is_dir() or {path.name for path in self.dir.iterdir()} - begun):
+            raise UserError(f"--run-dir: {self.dir} exists: name a new one, or move it away")
 
     def _join(self):
         """Joins the processes that torchrun started: each on its GPU, or all on the CPU."""
@@ -354,8 +378,9 @@ class Run:
         large = model.num_parameters() > 50e6
         if args.dtype == "auto":  # where bfloat16 was measured to be faster
             cpu = getattr(torch.cpu, "get_capabilities", dict)()
-            self.bf16 = self.device.type == "cuda" or large and bool(
-                cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+            self.bf16 = large and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+            if self.device.type == "cuda":
+                self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if large and hasattr(args, "lr") and args.lr == type(args).lr:
             raise UserError(f"--lr: the default, {args.lr:g}, is for the tiny model: set one "
                             f"for {model.num_parameters() / 1e6:.0f} M parameters (--help)")
@@ -407,14 +432,15 @@ class Run:
 
     def shard(self, model):
         """Splits a model over the processes with FSDP2, layer by layer."""
+        if self.args.compile:
+            model.token_logprobs = torch.compile(token_logprobs, dynamic=True)
         if not dist.is_initialized():
             return model
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         if model.get_output_embeddings() is not None:
-            with self.autocast():
-                has_plain_head(model)  # checked while it is whole
+            has_plain_head(model)  # checked while it is whole
             model.logprobs = types.MethodType(logprobs_of_whole, model)
         for module in model.modules():
             if type(module).__name__ in (model._no_split_modules or ()):
@@ -561,6 +587,8 @@ class Run:
                        for (name, start), end in zip(self._phases, ends)}
             row |= {"seconds": round(sum(seconds.values()), 4)}
             row |= {name: round(value, 4) for name, value in seconds.items()}
+            if self.device.type == "cuda":
+                row["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
             self._phases = []
             interrupts = torch.tensor(float(len(self._interrupts)), device=self.device)
             self.stopped = all_sum(interrupts).item() > 0  # by Ctrl-C in any process
@@ -599,7 +627,8 @@ class Run:
             self._load()
         step = self.state["step"]
         if self.rank == 0:
-            flags = {name: getattr(value, "__name__", value)  # a reward may be a function
+            flags = {name: value if not callable(value) else  # a reward
+                     getattr(value, "__name__", repr(value))
                      for name, value in vars(self.args).items()} | {"resume": ""}
             write_json(self.dir / "args.json", flags | {"ran_with": versions(self.device)})
             if self.args.tensorboard:
@@ -611,9 +640,7 @@ class Run:
             print(f"{self.dir} is finished: it has made all of its {self.steps} steps")
         self.bar = tqdm(total=self.steps, initial=step, disable=self.rank > 0 or None)
         if threading.current_thread() is threading.main_thread():
-            before = signal.getsignal(signal.SIGINT)  # given back after the run
-            weakref.finalize(self, signal.signal, signal.SIGINT, before)
-            finish_step_on_interrupt(self._interrupts)
+            finish_step_on_interrupt(self)
         return step + 1
 
     def _print_memory(self):
@@ -631,13 +658,16 @@ class Run:
         """Makes the run's folder, locks it against other processes, and checks its disk."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.dir / "lock", "w")  # held as long as this process lives
-            # not flock: workers that a reward function starts would inherit the lock
+            path = self.dir.resolve() / "lock"
+            # held as long as a run of this process on this folder lives: closing any file of
+            # the path would end it. flock would be inherited by a reward function's workers
+            self.lock = LOCKS[path] = LOCKS.get(path) or open(path, "w")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--resume {self.dir}: another process is writing to this run")
         except OSError as error:
             raise UserError(f"--run-dir: {self.dir} cannot be made: {error.strerror}")
+        self._check_folder()  # once more: another process may have finished since
         trained = sum(p.numel() for model, _, _ in self.trained.values()
                       for p in model.parameters() if p.requires_grad)
         needed = trained * (16 if self.args.resumable else 4)
@@ -659,6 +689,9 @@ class Run:
         saved = read_json(folder / "resume/state.json", where)
         try:
             self.state = {name: saved[name] for name in self.state}
+            for count in (saved["step"], *saved["updates"].values()):
+                if type(count) is not int or not 0 <= count < 10**8:
+                    raise UserError(f"{count!r} is no number of steps")
             if self.rank == 0 and saved["checksums"] != checksums(folder / "resume"):
                 raise UserError("a file has changed since it was written")
             MetadataOnly(open(folder / "resume/.metadata", "rb")).load()
@@ -676,8 +709,8 @@ class Run:
             for part in self.dir.glob("*.part"):  # what a kill left half written
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
             for path in [self.dir / name for name in ("metrics.jsonl", "samples.jsonl")]:
-                text = path.read_text(encoding="utf-8") if path.exists() else ""
                 try:
+                    text = path.read_text(encoding="utf-8") if path.exists() else ""
                     write_whole(path, "".join(
                         line for line in text.splitlines(keepends=True)
                         if line.endswith("\n") and json.loads(line)["step"] <= step))
@@ -761,11 +794,16 @@ class Run:
 
 class MetadataOnly(pickle.Unpickler):
     """Reads the index of a checkpoint, which is a pickle, and runs nothing but its classes."""
+    CLASSES = {  # not BytesStorageMetadata: what it names would be unpickled by dcp.load
+        "torch": ["Size"], "torch.serialization": ["_get_layout"], "pathlib": ["PosixPath"],
+        "torch.distributed.checkpoint.metadata": [
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
+            "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"],
+        "torch.distributed.checkpoint.filesystem": ["_StorageInfo"]}
+
     def find_class(self, module, name):
-        if "." not in name and (module.startswith("torch.distributed.checkpoint.") or (
-                module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"),
-                                  ("pathlib", "PosixPath")) or (
-                module == "torch" and isinstance(getattr(torch, name), torch.dtype))):
+        if name in self.CLASSES.get(module, ()) or (
+                module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
             return super().find_class(module, name)
         raise UserError(f"its .metadata would run {module}.{name}")
 
@@ -785,13 +823,20 @@ def local(weight):
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def finish_step_on_interrupt(interrupts: list):
-    """Notes Ctrl-C in a list, for Run.log to stop after the step; a second one stops at once.
-    The handler must not hold the run, or the run's lock would outlive it."""
+def finish_step_on_interrupt(run: Run):
+    """Notes Ctrl-C, for Run.log to stop after the step; a second one stops at once. The
+    handler does not hold the run, or its lock would outlive it, and is taken back with it."""
+    interrupts, before = run._interrupts, signal.getsignal(signal.SIGINT)
+
     def interrupt(*_):
         interrupts.append(time.time())
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def give_back():
+        if signal.getsignal(signal.SIGINT) is interrupt:  # not another run's
+            signal.signal(signal.SIGINT, before)
     signal.signal(signal.SIGINT, interrupt)
+    weakref.finalize(run, give_back)
 
 
 def versions(device) -> dict:

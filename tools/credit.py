@@ -100,7 +100,7 @@ def next_step(run: Run, script, models: dict, n_prompts: int):
             rewards = rewards - args.beta * kl.sum(1)
         advantages = script.group_advantages(rewards, args.group_size, args.scale_rewards)[:, None]
     elif script.__name__ == "ppo":
-        rewards = script.token_rewards(rewards.nan_to_num(0.0), kl, rollout.mask, run.state["beta"])
+        rewards = script.token_rewards(rewards.nan_to_num(0.0), kl, rollout.mask, args.beta * run.state["beta_factor"])
         advantages, _ = script.gae(rewards, values, rollout.mask, args.gamma, args.gae_lambda)
         if args.whiten:
             advantages = masked_whiten(advantages, mask)

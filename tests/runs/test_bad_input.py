@@ -291,7 +291,7 @@ def make_runs(at: Path):
         path.write_bytes(path.read_bytes()[:1000])
     path = at / "run-state/checkpoint-1/resume/state.json"
     state = json.loads(path.read_text())
-    del state["beta"]
+    del state["beta_factor"]
     path.write_text(json.dumps(state))
     old = at / "run-old/checkpoint/resume"  # as the first edition left it
     old.mkdir(parents=True)

@@ -325,12 +325,16 @@ def test_without_rows_only_the_scripts_own_metrics_are_logged(tmp_path):
     assert read("metrics.jsonl") == [{"step": 0, "eval_loss": 1.0}]
 
 
-def test_a_resumed_run_keeps_its_baseline_and_its_prompts(tmp_path):
+def test_a_resumed_run_keeps_its_baseline_and_its_prompts(tmp_path, capsys):
     evaluate, read = evaluator(tmp_path, by_length, [FIRST])
     evaluate(0, llama().eval(), None)
     run = SimpleNamespace(dir=evaluate.run.dir, args=grpo.Args(data="none.jsonl"))
     run.args.resume = str(tmp_path / "run")
+    (run.dir / "args.json").write_text(json.dumps(vars(run.args)))
     assert Evaluator(run, ROWS, by_length, None, None).baseline == read("baseline.jsonl")
+    run.args.max_new_tokens = 99  # other completions: they cannot be compared with those
+    assert Evaluator(run, ROWS, by_length, None, None).baseline == []
+    assert "--max-new-tokens has changed" in capsys.readouterr().out
     refuses(lambda: Evaluator(run, ROWS[:2], by_length, None, None), "--resume", "held-out prompts", "--eval-samples")
     run.args.eval_samples = 2
     refuses(lambda: Evaluator(run, ROWS, by_length, None, None), "--resume", "held-out prompts", "--eval-samples")

@@ -373,3 +373,22 @@ def test_micro_batches_by_hand():
     assert groups == [[1], [5, 2], [3], [0, 4]]  # 50 alone; 2 x 9, as 3 x 9 is too many; 3 < 0.7 x 7
     assert [g.tolist() for g in common.micro_batches(lengths, 20, torch.tensor([0, 2, 4]))] == [[2], [0, 4]]
     assert [g.tolist() for g in common.micro_batches(lengths, 27)] == [[1], [5, 2, 3], [0, 4]]
+
+
+def test_a_compiled_function_gives_the_same(model):
+    """--compile: values, and gradients of log-probs, in one chunk of logits and in several."""
+    expected = None
+    for chunk in (None, 3 * V):
+        for function in (None, torch.compile(common.token_logprobs, dynamic=True)):
+            with pytest.MonkeyPatch.context() as patch:
+                if function:
+                    patch.setattr(model, "token_logprobs", function, raising=False)
+                if chunk:
+                    patch.setattr(common, "LOGITS_AT_ONCE", chunk)
+                model.zero_grad()
+                logprobs, entropy = common.completion_logprobs(model, *batch(), 0.7)
+                logprobs.square().sum().backward()
+            found = logprobs.detach(), entropy, torch.cat([p.grad.flatten() for p in model.parameters()])
+            expected = expected or found
+            for a, b in zip(found, expected):
+                assert (a - b).norm() <= 1e-5 * b.norm()

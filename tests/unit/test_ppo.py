@@ -62,7 +62,7 @@ def test_gae_with_lambda_1_and_0_by_hand():
     close(ppo.gae(rewards, values, mask, 1.0, 0.0)[0], float64([1.5, 4, 1]))
 
 
-# --- policy_loss, value_loss, adapted_beta
+# --- policy_loss, value_loss, beta_change
 
 # as in test_grpo.py: loss, gradient on the log-prob, clipped below, clipped above
 @pytest.mark.parametrize("A, ratio, loss, grad, low, high", [
@@ -112,12 +112,12 @@ def test_without_value_clipping_it_is_half_the_squared_error():
     close(values.grad, float64([-0.5, -3]))
 
 
-def test_adapted_beta_by_hand():
+def test_beta_change_by_hand():
     # target 6 nats, 256 completions, horizon 10000; the relative error is clipped at 0.2
     args = ppo.Args(kl_target=6.0, kl_horizon=10_000)
     for kl, factor in ((6, 1), (6.6, 1 + 0.1 * 0.0256), (60, 1 + 0.2 * 0.0256),
                        (5.4, 1 - 0.1 * 0.0256), (0, 1 - 0.2 * 0.0256), (-3, 1 - 0.2 * 0.0256)):
-        assert ppo.adapted_beta(0.5, kl, 256, args) == pytest.approx(0.5 * factor)
+        assert ppo.beta_change(kl, 256, args) == pytest.approx(factor)
 
 
 def test_explained_variance():

@@ -10,7 +10,7 @@ import torch
 import common
 import modeling
 import reward_model
-from helpers.unit import PAIRS, close, llama, make_run, refuses, word_tokenizer
+from helpers.unit import PAIRS, close, gpt2, llama, make_run, qwen2, refuses, word_tokenizer
 from reward_model import encode_pairs
 
 
@@ -91,6 +91,30 @@ def test_a_pad_token_that_is_the_end_of_sequence_is_replaced(tmp_path):
         padded = torch.tensor([ids + [40, 40]])
         close(model(padded, attention_mask=(padded != 40).long()).logits[0], expected, rtol=1e-4, atol=1e-5)
     close(common.score_ids(model, [ids, ids * 3])[:1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, qwen2])
+def test_rows_of_one_prompt_share_its_forward_pass(make, tmp_path):
+    """Scores and gradients are those of each row alone, in float64; one row may be the beginning of another."""
+    make().save_pretrained(tmp_path)
+    tokenizer = word_tokenizer([f"w{i}" for i in range(38)] + ["<unk>", "<end>"], eos_token="<end>", pad_token="<unk>")
+    model = reward_model.load_scorer(str(tmp_path), tokenizer, "cpu").double()
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7, 8], [11, 12, 13], [5, 6, 7, 10, 9, 8], [14, 15, 16, 17], [11, 12, 18]]
+    weights = torch.tensor([1.0, 2.0, -3.0, 0.5, 1.5, -1.0])
+    found = []
+    for prompts in (None, ["a", "a", "b", "a", "c", "b"]):
+        model.zero_grad()
+        seen = []
+        hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.append(
+            output[0].shape[:2].numel()))
+        scores = common.score_ids(model, rows, prompts)
+        hook.remove()
+        (scores * weights).sum().backward()
+        found.append((scores.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]), sum(seen)))
+    alone = torch.cat([common.score_ids(model, [row]).detach() for row in rows])
+    close(found[0][0], alone, rtol=0, atol=1e-5)
+    close(found[1][0], alone, rtol=0, atol=1e-5)
+    assert (found[0][1] - found[1][1]).norm() < 1e-5 * found[0][1].norm() and found[1][2] < found[0][2]
 
 
 # --- pairs and their tokens

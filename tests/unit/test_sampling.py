@@ -2,6 +2,7 @@
 them to that), so some of this is tested in one of them."""
 import pytest
 import torch
+import transformers
 
 import common
 import modeling
@@ -112,3 +113,23 @@ def test_a_sample_is_a_rollout_of_groups(script, policy, tokenizer):
         last = rollout.completion_ids.gather(1, rollout.mask.sum(1, keepdim=True) - 1)[:, 0]
         assert torch.equal(rollout.truncated, last != tokenizer.eos_token_id)
         assert "<|end|>" not in "".join(rollout.texts)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, qwen2])
+def test_the_cache_is_kept_in_autocasts_precision_and_changes_no_token(make, monkeypatch):
+    """In bfloat16 half the memory; drawn tokens are those of transformers' own cache. In float32 it is that one."""
+    model, batch = make().eval(), common.pad([[18, 19, 20], [21, 22]], "left")
+    drawn, caches = {}, []
+
+    def kept(config):
+        caches.append(modeling.SamplingCache(config=config))
+        return caches[-1]
+    for bf16 in (True, False):
+        for cache in (kept, transformers.DynamicCache):
+            monkeypatch.setattr(grpo, "SamplingCache", cache)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                drawn[bf16, cache] = grpo.generate(model, *batch, 20, 12, 1.0, torch.tensor([EOS]),
+                                                   torch.Generator().manual_seed(0))[0]
+        assert torch.equal(drawn[bf16, kept], drawn[bf16, transformers.DynamicCache])
+        assert caches[-1].layers[0].keys.dtype == caches[-1].layers[1].values.dtype == (
+            torch.bfloat16 if bf16 else torch.float32)
