@@ -2,6 +2,8 @@
 import copy
 import dataclasses
 import fcntl
+import functools
+import gc
 import io
 import json
 import os
@@ -9,9 +11,11 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import common
 import grpo
@@ -34,6 +38,8 @@ def reward_file(tmp_path, body: str) -> str:
     ("import sys; sys.exit(0)", "cannot be imported: SystemExit"),
     ("def reward(completions, **columns): return {c: 1 for c in range(len(completions))}", "must return a list"),
     ("import torch\ndef reward(completions, **columns): return torch.zeros(len(completions), 2)", "must return a list"),
+    ("import asyncio\nasync def reward(**columns): raise asyncio.CancelledError()", "raised CancelledError"),
+    ("def reward(**columns): raise GeneratorExit()", "raised GeneratorExit"),
     ("class E(Exception):\n    def __str__(self): 1 / 0\ndef reward(**columns): raise E()", "raised E"),
     ("def reward(completions): return []", "expected: function(prompts, completions, **columns)")])
 def test_what_a_reward_function_does_ends_in_one_line(body, words, tmp_path, capsys):
@@ -47,12 +53,14 @@ import os, torch
 def reward(prompts, completions, **columns):
     os.chdir("/")
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
     torch.set_grad_enabled(False)
     prompts.clear(), columns["answer"][0].append("gone")
     return [1.0] * len(completions)
 """), "cpu")
     rows = [{"prompt": "a", "answer": ["b"]}, {"prompt": "c", "answer": ["d"]}]
     assert reward(rows, ["x", "y"]).tolist() == [1, 1]
+    assert torch.get_default_device().type == "cpu"
     assert os.getcwd() == str(ROOT) and torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
     assert rows == [{"prompt": "a", "answer": ["b"]}, {"prompt": "c", "answer": ["d"]}]
 
@@ -173,15 +181,141 @@ def test_a_checkpoints_index_runs_nothing(damaged, tmp_path, capsys):
             raise AttributeError
 
 
+def test_a_checkpoints_index_names_no_pickled_object_and_no_function(damaged, tmp_path, capsys):
+    """dcp.load would unpickle an object that the index says was saved as bytes."""
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    folder = damaged / "checkpoint-1/resume"
+    tensors = dict.fromkeys(keys_of(folder), Attack())
+    state = json.loads((folder / "state.json").read_text())
+    for path in folder.iterdir():
+        path.unlink()
+    dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+    (folder / "state.json").write_text(json.dumps(state | {"checksums": runtime.checksums(folder)}))
+    assert "BytesStorageMetadata" in fails(capsys, "grpo", resume=damaged, steps=2)
+    assert not (tmp_path / "ran").exists()
+    for module, name in (("format_utils", "dcp_to_torch_save"), ("state_dict_loader", "load")):
+        with pytest.raises(common.UserError):
+            runtime.MetadataOnly(io.BytesIO()).find_class(f"torch.distributed.checkpoint.{module}", name)
+
+
+def keys_of(folder) -> list[str]:
+    return list(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
 @pytest.mark.parametrize("file, text, words", [
+    ("metrics.jsonl", b"\xff\n", "has a line that no run has written"),
+    ("baseline.jsonl", "{oops\n", "has a line that no run has written"),
+    ("baseline.jsonl", "[1]\n", "has a line that no run has written"),
+    ("args.json", {"steps": "3"}, "--steps: must be a whole number, not '3'"),
+    ("args.json", {"lr": None}, "--lr: must be a number, not None"),
+    ("args.json", {"data": {}}, "--data: must be text, not {}"),
+    ("checkpoint-1/resume/state.json", {"step": "1"}, "'1' is no number of steps"),
+    ("checkpoint-1/resume/state.json", {"step": -3}, "-3 is no number of steps"),
+    ("checkpoint-1/resume/state.json", {"updates": {"policy": 10**12}}, "is no number of steps"),
     ("metrics.jsonl", "\n", "has a line that no run has written"),
     ("metrics.jsonl", "[1]\n", "has a line that no run has written"),
     ("args.json", "[]", "it holds no JSON object"),
     ("args.json", "[" * 100_000, "cannot be read"),
     ("checkpoint-1/resume/state.json", "3", "it holds no JSON object")])
 def test_foreign_files_in_a_run(file, text, words, damaged, capsys):
-    (damaged / file).write_text(text)
-    assert words in fails(capsys, "grpo", resume=damaged, steps=2)
+    path = damaged / file
+    if isinstance(text, dict):  # some values of what is there
+        text = json.dumps(json.loads(path.read_text()) | text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    more = {} if file == "args.json" else dict(steps=2)
+    assert words in fails(capsys, "grpo", resume=damaged, **more)
+
+
+def test_resume_names_one_folder_and_writes_to_it(damaged, tmp_path, capsys):
+    """Of two the last counts, with its own flags; an unset variable in a script starts no new run."""
+    assert "--resume: names no run folder" in fails(capsys, "grpo", "--resume", "", "--steps", 2)
+    assert "--resume: names no run folder" in fails(capsys, "grpo", "--resume=", "--steps", 2)
+    assert "--run-dir: not with --resume" in fails(capsys, "grpo", resume=damaged, run_dir=tmp_path / "new", steps=2)
+    assert checkpoints(damaged) == ["checkpoint-1"] and not (tmp_path / "new").exists()
+    run("grpo", tmp_path / "other", lr=1e-5, **ONE)
+    command("grpo", "--resume", damaged, "--resume", tmp_path / "other", "--steps", 2)
+    flags = json.loads((tmp_path / "other/args.json").read_text())
+    assert (flags["lr"], flags["steps"]) == (1e-5, 2) and checkpoints(damaged) == ["checkpoint-1"]
+
+
+def test_ppos_beta_given_now_replaces_the_runs(tmp_path):
+    flags = dict(kl_target=6.0, kl_horizon=100, eval_prompts=0, lr_schedule="constant_with_warmup")
+    run("ppo", tmp_path / "run", beta=0.05, **flags)
+    log = read(tmp_path / "run/metrics.jsonl")
+    command("ppo", resume=tmp_path / "run", steps=3, beta=5)
+    later = read(tmp_path / "run/metrics.jsonl")[-1]["beta"]
+    assert log[1]["beta"] < 0.05 and later == pytest.approx(100 * log[1]["beta"] * (1 - 0.2 * 12 / 100), rel=1e-3)
+
+
+def test_a_second_process_that_was_slower_finds_the_first_ones_run(tmp_path):
+    """Both have looked for the folder before either made it."""
+    late = runtime.Run(grpo.Args(**small_flags("grpo", tmp_path / "run")), "grpo.py")
+    run("grpo", tmp_path / "run", **ONE)
+    before = (tmp_path / "run/args.json").read_bytes()
+    with pytest.raises(common.UserError, match="--run-dir: .* exists"):
+        late.resume(None)
+    assert (tmp_path / "run/args.json").read_bytes() == before
+
+
+def test_a_run_that_is_freed_late_takes_nothing_from_the_next(tmp_path):
+    """In a notebook an exception keeps a failed run. When it goes, the resumed one keeps its lock and its Ctrl-C."""
+    before = signal.getsignal(signal.SIGINT)
+    args = grpo.Args(**small_flags("grpo", tmp_path / "run"))
+    runs = [runtime.Run(args, "grpo.py")]
+    runs[0].resume(None)
+    runs.append(runtime.Run(args, "grpo.py"))
+    runs[1].resume(None)
+    handler = signal.getsignal(signal.SIGINT)
+    del runs[0]
+    gc.collect()
+    code = f"import fcntl; fcntl.lockf(open({str(tmp_path / 'run/lock')!r}, 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    assert signal.getsignal(signal.SIGINT) is handler != before
+    assert "BlockingIOError" in process(sys.executable, "-c", code, code=1).stderr
+    runs.clear()
+    gc.collect()
+    process(sys.executable, "-c", code)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_terminal_that_has_gone_away_ends_no_run(tmp_path):
+    class Gone(io.StringIO):
+        def reconfigure(self, **_):
+            pass
+
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+        flush = write
+    shown = runtime.Shown(Gone())
+    for _ in range(2):
+        print("a line", file=shown, flush=True)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in small_flags("grpo", tmp_path / "run", **ONE).items()]
+    process("bash", "-c", f"exec {sys.executable} grpo.py {' '.join(flags)} >&-")
+    assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
+
+
+def test_a_coroutine_keeps_no_stopped_run_alive():
+    async def reward():
+        return threading.current_thread().daemon
+    assert common.run_coroutine(reward())
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(steps="10"), "--steps: must be a whole number, not '10'"), (dict(steps=2.5), "--steps: must be a whole"),
+    (dict(steps=True), "--steps: must be a whole number"), (dict(lr="1e-4"), "--lr: must be a number, not '1e-4'"),
+    (dict(lora_rank=None), "--lora-rank: must be a whole number, not None"), (dict(model=3), "--model: must be text")])
+def test_from_python_types_are_checked(changes, words):
+    with pytest.raises(common.UserError, match=words):
+        grpo.Args(**changes)
+
+
+def test_from_python_folders_are_paths_and_rewards_any_function(tmp_path):
+    def by(weight, completions, **columns):
+        return [weight * len(turns) for turns in completions]
+    flags = small_flags("grpo", tmp_path / "run", reward=functools.partial(by, 2.0), **ONE)
+    folder, _ = grpo.main(grpo.Args(**flags | dict(run_dir=tmp_path / "run", lr=1)))
+    assert "functools.partial" in json.loads((folder / "args.json").read_text())["reward"]
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(damaged, capsys, monkeypatch):
