@@ -408,6 +408,21 @@ class Rollout:
                 self.mask[rows])
 
 
+def draw(probs, generator=None):
+    """One token of each row of probabilities (N, V): (N, 1); without a generator, the likeliest.
+    It takes one random number per row, where torch.multinomial draws one per token of the
+    vocabulary, which can take as long as a small model's forward pass."""
+    if generator is None:
+        return probs.argmax(-1, keepdim=True)
+    random = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device,
+                        generator=generator)
+    cumulated = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
+    if not cumulated[:, -1].isfinite().all():
+        raise UserError("the policy's probabilities are not finite: lower --lr, or use --dtype "
+                        "float32; --resume continues from the newest checkpoint")
+    return torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True)
+
+
 # --- log-prob helpers
 
 def completion_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask,

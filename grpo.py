@@ -46,8 +46,8 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
-                    load_tokenizer, masked_mean, pad, rollout_logprobs)
+from common import (Rollout, completion_logprobs, draw, eos_token_ids, kl_estimate,
+                    load_prompts, load_tokenizer, masked_mean, pad, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
 from modeling import (SamplingCache, UserError, cache_argument, cache_works,
                       load_causal_lm)
@@ -201,8 +201,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     mask = torch.zeros_like(ids)
     for t in range(max_new_tokens):
         probs = (logits.float() / temperature).softmax(-1)  # (active, V)
-        token = (probs.argmax(-1, keepdim=True) if generator is None else
-                 torch.multinomial(probs, 1, generator=generator))  # (active, 1)
+        token = draw(probs, generator)  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
         alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
         if t == max_new_tokens - 1 or len(alive) == 0:

@@ -42,12 +42,12 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from common import (Rollout, completion_logprobs, eos_token_ids, kl_estimate, load_prompts,
-                    load_tokenizer, masked_whiten, pad, rollout_logprobs, same_tokens)
+from common import (Rollout, completion_logprobs, draw, eos_token_ids, kl_estimate,
+                    load_prompts, load_tokenizer, masked_whiten, pad, rollout_logprobs,
+                    same_tokens)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
 from modeling import (SamplingCache, UserError, cache_argument, cache_works,
-                      completion_outputs, context_length, embedding_rows, load_body,
-                      load_causal_lm)
+                      completion_outputs, context_length, load_body, load_causal_lm)
 from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run,
                      all_sum, cli, global_mean, reference_mode)
 
@@ -208,7 +208,7 @@ def load_critic(args: Args, reward, tokenizer, device):
     if context_length(critic) < context_length(args.model):
         raise UserError(f"--critic {name}: its context is shorter than the policy's")
     rows = getattr(tokenizer, "embedded", 0)  # of the policy, whose vocabulary may be padded
-    if embedding_rows(critic) < rows:
+    if critic.config.get_text_config().vocab_size < rows:
         critic.resize_token_embeddings(rows)
     print(f"the critic starts from {name}")
     return critic
@@ -237,8 +237,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     mask = torch.zeros_like(ids)
     for t in range(max_new_tokens):
         probs = (logits.float() / temperature).softmax(-1)  # (active, V)
-        token = (probs.argmax(-1, keepdim=True) if generator is None else
-                 torch.multinomial(probs, 1, generator=generator))  # (active, 1)
+        token = draw(probs, generator)  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
         alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
         if t == max_new_tokens - 1 or len(alive) == 0:

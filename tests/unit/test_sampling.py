@@ -1,5 +1,7 @@
 """How the three on-policy scripts sample: their `generate` and `sample` are the same to the letter (tests/repo holds
 them to that), so some of this is tested in one of them."""
+import math
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ import modeling
 import grpo
 import ppo
 import reinforce
-from helpers.unit import EOS, gpt2, llama, make_run, qwen2
+from helpers.unit import EOS, gpt2, llama, make_run, qwen2, refuses
 
 SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce}
 
@@ -37,6 +39,28 @@ def test_generate_stops_at_each_end(script, policy, tokenizer):
         assert n == 20 or row[n - 1] == end
 
 
+def test_drawn_tokens_have_their_probabilities():
+    """By a chi-squared test, 7 degrees of freedom; a token of probability 0 is never drawn, also not the first or the
+    last; rows are independent; without a generator, the likeliest."""
+    row = torch.tensor([0.0, 0.3, 0.2, 1e-3, 0.0, 0.1, 0.25, 0.099, 0.04, 0.01, 0.0])
+    probs = row.expand(100_000, -1)
+    tokens = common.draw(probs, torch.Generator().manual_seed(0))
+    assert tokens.shape == (100_000, 1)
+    found, expected = tokens[:, 0].bincount(minlength=len(row)), 1e5 * row
+    assert (found[row == 0] == 0).all()
+    assert ((found - expected)[row > 0].square() / expected[row > 0]).sum() < 24.3  # exceeded once in 1,000
+    pairs = (tokens[::2, 0] == 1) & (tokens[1::2, 0] == 1)
+    assert pairs.double().mean().item() == pytest.approx(0.09, abs=0.006)
+    assert common.draw(probs[:2]).tolist() == [[1], [1]]
+    assert torch.equal(tokens, common.draw(probs, torch.Generator().manual_seed(0)))
+
+
+def test_probabilities_that_are_not_finite_are_named():
+    for bad in (math.nan, math.inf):
+        probs = torch.tensor([[0.5, 0.5], [bad, 0.5]])
+        refuses(lambda: common.draw(probs, torch.Generator()), "probabilities are not finite", "lower --lr")
+
+
 def test_generate_samples_what_the_forward_pass_says(policy, tokenizer):
     """The frequency of each first token is its probability in a plain forward pass of the prompt (no other token's, no
     shared draw)."""
@@ -60,12 +84,12 @@ def test_each_decoding_step_agrees_with_the_forward_pass(make, monkeypatch):
     """The probabilities of every step, through the shared and shrinking cache, at the sampling temperature; a
     finished row is no longer computed, and a second end-of-sequence token ends one as well."""
     model = make().eval()
-    steps, multinomial = [], torch.multinomial
+    steps = []
 
-    def spy(probs, n, generator):
-        steps.append((probs, multinomial(probs, n, generator=generator)))
+    def spy(probs, generator):
+        steps.append((probs, common.draw(probs, generator)))
         return steps[-1][1]
-    monkeypatch.setattr(torch, "multinomial", spy)
+    monkeypatch.setattr(grpo, "draw", spy)
     prompt_ids, prompt_mask = common.pad([[5, 6, 7], [9], [10, 11, 12, 13, 14]], "left")
     eos_ids = torch.tensor([EOS, 7, 8, 9])
     ids, mask = grpo.generate(model, prompt_ids, prompt_mask, 4, 16, 0.7, eos_ids, torch.Generator().manual_seed(1))
