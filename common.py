@@ -409,7 +409,7 @@ class Rollout:
 
 
 def draw(probs, generator=None):
-    """One token of each row of probabilities (N, V): (N, 1); without a generator, the likeliest.
+    """A token of each row of probabilities (N, V), (N, 1); the likeliest without a generator.
     It takes one random number per row, where torch.multinomial draws one per token of the
     vocabulary, which can take as long as a small model's forward pass."""
     if generator is None:
@@ -418,8 +418,8 @@ def draw(probs, generator=None):
                         generator=generator)
     cumulated = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
     if not cumulated[:, -1].isfinite().all():
-        raise UserError("the policy's probabilities are not finite: lower --lr, or use --dtype "
-                        "float32; --resume continues from the newest checkpoint")
+        raise UserError("the policy's probabilities are not finite: lower --lr, or use "
+                        "--dtype float32; --resume continues from the newest checkpoint")
     return torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True)
 
 

@@ -49,8 +49,7 @@ from transformers import get_scheduler
 from common import (Rollout, completion_logprobs, draw, eos_token_ids, kl_estimate,
                     load_prompts, load_tokenizer, masked_mean, pad, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
-from modeling import (SamplingCache, UserError, cache_argument, cache_works,
-                      load_causal_lm)
+from modeling import UserError, cache_works, load_causal_lm, sampling_cache
 from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run, all_sum, cli,
                      reference_mode)
 
@@ -188,8 +187,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
     end-of-sequence token. Without a generator, decodes greedily.
     """
-    cache = SamplingCache(config=model.config)
-    past = cache_argument(model, cache)  # its keyword depends on the version of transformers
+    cache, past = sampling_cache(model)  # past: the cache as a keyword argument
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
                    use_cache=True, logits_to_keep=1, **past).logits[:, -1]

@@ -247,6 +247,12 @@ class SamplingCache(transformers.DynamicCache):
         return super().update(key_states, value_states, *args, **kwargs)
 
 
+def sampling_cache(model) -> tuple:
+    """An empty SamplingCache, and the keyword argument that passes it to the model."""
+    cache = SamplingCache(config=model.config)
+    return cache, cache_argument(model, cache)
+
+
 def cache_argument(model, cache) -> dict:
     """The keyword that passes a cache; transformers 5.24 renamed it from past_key_values."""
     names = inspect.signature(model.forward).parameters

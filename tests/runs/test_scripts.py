@@ -293,7 +293,7 @@ def test_a_plain_reward_is_learned(name, tmp_path):
     """A few steps toward short answers: the whole loop, with its signs and masks."""
     questions = "how do i make tea ?", "can you help me ? i have to bake bread ."
     data = write(tmp_path / "data.jsonl", *[{"prompt": [{"role": "user", "content": text}]} for text in questions])
-    more = dict(critic_lr=3e-3, lr=1e-3) if name == "ppo" else dict(lr=2e-3)
+    more = dict(critic_lr=3e-3, lr=1e-3) if name == "ppo" else dict(lr=1e-3, seed=1)
     log = run(name, tmp_path / "run", data=data, reward=function(tmp_path, SHORT, "short"), gold="", steps=8,
               prompts_per_step=2, group_size=12, max_new_tokens=24, eval_prompts=0, **more)
     first, last = log[0], {metric: sum(row[metric] for row in log[-3:]) / 3 for metric in log[0]}

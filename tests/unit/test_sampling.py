@@ -143,14 +143,14 @@ def test_a_sample_is_a_rollout_of_groups(script, policy, tokenizer):
 def test_the_cache_is_kept_in_autocasts_precision_and_changes_no_token(make, monkeypatch):
     """In bfloat16 half the memory; drawn tokens are those of transformers' own cache. In float32 it is that one."""
     model, batch = make().eval(), common.pad([[18, 19, 20], [21, 22]], "left")
-    drawn, caches = {}, []
+    drawn, caches, own = {}, [], modeling.SamplingCache
 
     def kept(config):
-        caches.append(modeling.SamplingCache(config=config))
+        caches.append(own(config=config))
         return caches[-1]
     for bf16 in (True, False):
         for cache in (kept, transformers.DynamicCache):
-            monkeypatch.setattr(grpo, "SamplingCache", cache)
+            monkeypatch.setattr(modeling, "SamplingCache", cache)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 drawn[bf16, cache] = grpo.generate(model, *batch, 20, 12, 1.0, torch.tensor([EOS]),
                                                    torch.Generator().manual_seed(0))[0]
