@@ -80,9 +80,10 @@ def config_of(shape: str, layers: int = 0) -> Qwen2Config:
 
 
 def random_model(config, device):
-    """A model as the scripts load one, in float32 and tried on a few tokens."""
+    """A model as load_causal_lm gives it, in float32 and tried on a few tokens."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     modeling.check_forward(model.train())
+    modeling.has_plain_head(model.eval())
     return model
 
 
