@@ -32,19 +32,20 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
-import modeling
+import modeling  # noqa: E402
 from grpo import Args as GRPOArgs  # noqa: E402
 from grpo import policy_loss  # noqa: E402
 from runtime import Run, reference_mode  # noqa: E402
 
 SHAPES = {  # width, layers, heads, key-value heads, inner width, tied: Qwen2.5's and Qwen3-0.6B's, 151,936 tokens
     "0.5b": (896, 24, 14, 2, 4864, True), "0.6b": (1024, 28, 16, 8, 3072, True),
-    "1.5b": (1536, 28, 12, 2, 8960, True), "7b": (3584, 28, 28, 4, 18944, False)}
+    "1.5b": (1536, 28, 12, 2, 8960, True), "7b": (3584, 28, 28, 4, 18944, False),
+    "tiny": (64, 3, 4, 2, 128, True)}  # to see that it runs
 
 
 @dataclass
 class Args:
-    shape: Literal["0.5b", "0.6b", "1.5b", "7b"] = "0.5b"
+    shape: Literal["0.5b", "0.6b", "1.5b", "7b", "tiny"] = "0.5b"
     layers: int = 0
     """number of layers (0: the shape's)"""
     rows: int = 2
@@ -71,15 +72,28 @@ def estimate(args: Args, n: int, width: int, layers: int, inner: int, keys: int,
             "logits": 12 * min(c * vocabulary, common.LOGITS_AT_ONCE)}
 
 
+def config_of(shape: str, layers: int = 0) -> Qwen2Config:
+    width, all_layers, heads, kv_heads, inner, tied = SHAPES[shape]
+    return Qwen2Config(vocab_size=2048 if shape == "tiny" else 151_936, hidden_size=width, intermediate_size=inner,
+                       num_hidden_layers=layers or all_layers, num_attention_heads=heads,
+                       num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+
+
+def random_model(config, device):
+    """A model as load_causal_lm gives it, in float32 and tried on a few tokens."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    modeling.check_forward(model.train())
+    modeling.has_plain_head(model.eval())
+    return model
+
+
 def main(args: Args):
-    width, layers, heads, kv_heads, inner, tied = SHAPES[args.shape]
-    layers, vocabulary = args.layers or layers, 151_936
-    config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=inner, tie_word_embeddings=tied)
+    config = config_of(args.shape, args.layers)
+    width, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    keys = width // config.num_attention_heads * config.num_key_value_heads
     with torch.device("meta"):
         n = AutoModelForCausalLM.from_config(config).num_parameters()
-    parts = estimate(args, n, width, layers, inner, width // heads * kv_heads, vocabulary)
+    parts = estimate(args, n, width, layers, config.intermediate_size, keys, vocabulary)
     print("estimate " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in parts.items())
           + f"; {sum(parts.values()) / 2**30:.2f} GiB")
     if args.estimate_only:
@@ -89,14 +103,11 @@ def main(args: Args):
     cpu = device.type == "cpu"
     before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() if cpu else 0
     torch.manual_seed(0)
-    run = Run(GRPOArgs(device=args.device, dtype="bfloat16", lora_rank=args.lora_rank,
+    run = Run(GRPOArgs(device=args.device, dtype="bfloat16", lr=1e-6, lora_rank=args.lora_rank,
                        gradient_checkpointing=args.gradient_checkpointing,
                        micro_batch_tokens=args.rows * (args.prompt_tokens + args.completion_tokens)), __file__)
-    policy = run.trainable(AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device))
-    reference = policy
-    if not args.lora_rank:
-        reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-        modeling.freeze(reference, run.bf16)
+    policy = run.trainable(random_model(config, device))
+    reference = policy if args.lora_rank else modeling.freeze(random_model(config, device), run.bf16)
     policy.train()
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-6, fused=True)
     prompts, completions = (torch.randint(vocabulary, (args.rows, tokens), device=device)
