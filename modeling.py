@@ -166,7 +166,9 @@ def load_body(name: str, device):
         weight, bias = torch.zeros_like(model.get_output_embeddings().weight[:1]), 0.0
     head = torch.nn.Linear(weight.shape[1], 1, device=device, dtype=weight.dtype)
     head.load_state_dict({"weight": weight, "bias": torch.tensor([bias])})
-    return body_of(model), head
+    body = body_of(model)
+    cache_works(body)  # found out while all weights are float32
+    return body, head
 
 
 def body_of(model):

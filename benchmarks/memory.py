@@ -12,13 +12,15 @@ The estimate, in bytes, for n parameters, L layers of width D and inner width I,
 in the micro-batch, c of them in completions:
   trained     16 n                          float32 weights, gradients, and AdamW's two moments
   copies       2 n                          the matrices in bfloat16, which autocast keeps until it ends
-  reference    2 n + 2 V D                  matrices in bfloat16, embeddings in float32
-               with --lora-rank these three are 2 n + 2 V D, and 16 bytes per parameter of the adapter
+  reference    2 n + 2 V D                  matrices in bfloat16, embeddings in float32; 2 V D more where the head
+                                            shares its weights with them, since it gets a bfloat16 copy
+               with --lora-rank these three are one reference, and 16 bytes per parameter of the adapter
   layers       t L (34 D + 8 I)             what a layer keeps for the backward pass: about 8 float32 and 1 bfloat16
                                             of its width (norms, residuals, attention), 4 bfloat16 of its inner width
                t L (58 D + 12 I)            with --lora-rank: peft keeps a float32 copy of each matrix's input
                t (4 L D + 34 D + 8 I)       with --gradient-checkpointing: each layer's input, and one layer
-  logits      12 min(c V, LOGITS_AT_ONCE)   a chunk in float32: logits, log-softmax, gradient
+  logits      12 min(c V, LOGITS_AT_ONCE)   a chunk in float32: logits, log-softmax, gradient; on a GPU the chunk is
+                                            four times as large
 """
 import resource
 import sys
@@ -62,14 +64,14 @@ def estimate(args: Args, n: int, width: int, layers: int, inner: int, keys: int,
     c = args.rows * args.completion_tokens
     t = c + args.rows * args.prompt_tokens
     layer = (58 * width + 12 * inner) if args.lora_rank else (34 * width + 8 * inner)
-    frozen = 2 * n + 2 * vocabulary * width
+    frozen = 2 * n + (4 if SHAPES[args.shape][-1] else 2) * vocabulary * width
     if args.lora_rank:
         ends = 4 * width + 2 * (width + keys) + 3 * (width + inner)  # of a layer's seven matrices
         models = {"frozen": frozen, "adapter": 16 * args.lora_rank * layers * ends}
     else:
         models = {"trained": 16 * n, "copies": 2 * n, "reference": frozen}
     return {**models, "layers": t * (4 * layers * width + layer) if args.gradient_checkpointing else t * layers * layer,
-            "logits": 12 * min(c * vocabulary, common.LOGITS_AT_ONCE)}
+            "logits": 12 * min(c * vocabulary, common.LOGITS_AT_ONCE * (1 if args.device == "cpu" else 4))}
 
 
 def config_of(shape: str, layers: int = 0) -> Qwen2Config:
