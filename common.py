@@ -409,18 +409,18 @@ class Rollout:
 
 
 def draw(probs, generator=None):
-    """A token of each row of probabilities (N, V), (N, 1); the likeliest without a generator.
-    It takes one random number per row, where torch.multinomial draws one per token of the
+    """Draws a token from each row of probs (N, V): (N, 1). Without a generator, takes the most
+    likely. It uses one random number per row; torch.multinomial draws one per token of the
     vocabulary, which can take as long as a small model's forward pass."""
     if generator is None:
         return probs.argmax(-1, keepdim=True)
     random = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device,
                         generator=generator)
-    cumulated = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
-    if not cumulated[:, -1].isfinite().all():
+    cumulative = probs.cumsum(-1, dtype=torch.float64)  # (N, V)
+    if not cumulative[:, -1].isfinite().all():
         raise UserError("the policy's probabilities are not finite: lower --lr, or use "
                         "--dtype float32; --resume continues from the newest checkpoint")
-    return torch.searchsorted(cumulated, random * cumulated[:, -1:], right=True)
+    return torch.searchsorted(cumulative, random * cumulative[:, -1:], right=True)
 
 
 # --- log-prob helpers
@@ -462,7 +462,7 @@ def logprobs_of_whole(model, prompt_ids, prompt_mask, completion_ids, mask,
     return tuple(empty.masked_scatter(mask.bool(), torch.cat(part)) for part in zip(*parts))
 
 
-LOGITS_AT_ONCE = 2**26  # 256 MiB in float32: 441 tokens of a vocabulary of 151,936
+LOGITS_AT_ONCE = 2**26  # 256 MiB: 441 tokens of a vocabulary of 151,936; on a GPU 4 times that
 
 
 def token_logprobs(hidden, tokens, head, temperature: float, entropy_grad: bool):
@@ -606,8 +606,8 @@ def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
 
 @torch.no_grad()
 def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192, prompts=None):
-    """(B,) float32 scores of rendered conversations, with `tokens` per micro-batch. prompts: a
-    name for each one's prompt; see score_ids."""
+    """(B,) float32 scores of rendered conversations, `tokens` in a micro-batch. For prompts
+    see score_ids."""
     rows = encode(tokenizer, texts)
     lengths = torch.tensor([len(row) for row in rows])
     limit = context_length(model)
@@ -626,25 +626,27 @@ def score_ids(model, rows: list[list[int]], prompts=None) -> torch.Tensor:
     """(B,) float32 scores of conversations (token ids) by a model with one label, read at the
     last token. These heads have no bias: `reward_bias` in the model's config is added.
 
-    prompts: a name for each row's prompt. The tokens that its rows have in common pass through
-    the model once, where completion_outputs can share them.
+    prompts: something that is equal for rows of the same prompt. The tokens that these have in
+    common pass through the model once, where completion_outputs can share them.
     """
-    body = body_of(model)
+    config = model.config.get_text_config()
+    body, pad_id = body_of(model), config.pad_token_id
     if prompts and hasattr(model, "score") and not dist.is_initialized() and cache_works(body):
+        while any(len(row) > 1 and row[-1] == pad_id for row in rows):  # as transformers reads
+            rows = [row[:-1] if len(row) > 1 and row[-1] == pad_id else row for row in rows]
         common = {}  # prompt: what its rows begin with
         for row, prompt in zip(rows, prompts):
             common[prompt] = os.path.commonprefix([row, common.get(prompt, row)])
         prompt_ids, prompt_mask = pad([common[prompt] for prompt in prompts], "left",
                                       model.device)
-        # with one more token, before which the score is read
+        # and a token that is not read: the outputs are those before each token
         rest = [row[len(common[prompt]):] + [0] for row, prompt in zip(rows, prompts)]
         completion_ids, mask = pad(rest, "right", model.device)
         hidden = completion_outputs(body, prompt_ids, prompt_mask, completion_ids, mask,
                                     share=True)  # (B, T, D)
         last = hidden[torch.arange(len(rows), device=model.device), mask.sum(1) - 1]  # (B, D)
         return model.score(last)[:, 0].float() + getattr(model.config, "reward_bias", 0.0)
-    config = model.config.get_text_config()
-    pad_id, last = config.pad_token_id, {row[-1] for row in rows}
+    last = {row[-1] for row in rows}
     if pad_id is None:  # transformers reads before the first pad: take one that ends no row
         config.pad_token_id = next(i for i in range(config.vocab_size) if i not in last)
     ids, mask = pad(rows, "right", model.device, config.pad_token_id)

@@ -118,7 +118,8 @@ def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int
                          temperature: float = 1.0, batch_size: int = 64) -> Rollout:
     """One completion for the `prompt_ids` of each row by transformers' generate, for scripts
     that do not sample in training, and for models without a cache like attention's: these get
-    prompts of one length at a time, since recurrent layers may read padding."""
+    prompts of one length at a time, since recurrent layers may read padding. Temperature 0
+    decodes greedily."""
     eos_ids = eos_token_ids(model, tokenizer, model.device)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", model.device)
     completion_ids = prompt_ids.new_zeros(len(rows), max_new_tokens)
@@ -129,8 +130,8 @@ def sample_with_generate(model, rows: list[dict], tokenizer, max_new_tokens: int
                  for part in (kinds == kind).nonzero()[:, 0].split(batch_size)]:
         P = lengths[part].max()
         ids = generate_by_library(
-            model, prompt_ids[part, -P:], prompt_mask[part, -P:], do_sample=True, top_k=0,
-            top_p=1.0, temperature=temperature, max_new_tokens=max_new_tokens,
+            model, prompt_ids[part, -P:], prompt_mask[part, -P:], do_sample=temperature > 0,
+            top_k=0, top_p=1.0, temperature=temperature or 1.0, max_new_tokens=max_new_tokens,
             eos_token_id=eos_ids.tolist() or None)[:, P:]
         completion_ids[part, :ids.shape[1]] = ids
     ended = torch.isin(completion_ids, eos_ids).long()

@@ -13,18 +13,21 @@ a completion is how much better it scored than its group, so no critic is needed
 
 Differences from the paper:
 
-1. The reference is the initial policy throughout; it is never refreshed.
+1. The reference is the initial policy (or --reference); it is never refreshed.
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
 Its relatives, as in their papers:
 
     DAPO        --loss-type dapo --clip-high 0.28 --beta 0 --mask-truncated
-                (its dynamic sampling is not here)
+                (not its dynamic sampling and its soft penalty on length)
     Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
     GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --beta 0
     CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0
                 (the paper does not give its clip: tune it)
+
+They clip, and GSPO and CISPO differ, only with several updates per rollout: add
+--minibatches 4. With one, the ratio is 1.
 
 For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one update per
 rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
@@ -215,7 +218,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
-    """Samples group_size completions per row, at most --generate-batch-size at a time."""
+    """Samples group_size completions per row, one group or more at a time."""
     args, eos_ids = run.args, eos_token_ids(model, tokenizer, run.device)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", run.device)
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
@@ -224,7 +227,8 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
         if not cache_works(model):  # Mamba and other recurrent models
             rows = [row for row in rows for _ in range(group_size)]
             return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
-                                        args.temperature, args.generate_batch_size)
+                                        args.temperature if generator else 0.0,
+                                        args.generate_batch_size)
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
                           args.max_new_tokens, args.temperature, eos_ids, generator)
                  for i in run.progress(range(0, len(rows), size))]

@@ -213,7 +213,7 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask, s
     # several processes must pass through their layers equally often, so they share nothing
     if (not share or P == 1 or len(prompts) == len(ids) or checkpointing
             or dist.is_initialized()
-            or ids.is_cuda and P < T):  # two passes with masks cost a GPU more than that
+            or ids.is_cuda and P < T):  # two passes with masks should cost more
         # move each row to the left: padding then comes last, where no token attends to it
         first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
         place = torch.arange(int(attention_mask.sum(1).max()), device=ids.device)[None]
@@ -238,7 +238,7 @@ def positions(mask):
 
 
 class SamplingCache(transformers.DynamicCache):
-    """A cache of keys and values in the precision in which autocast lets attention read them:
+    """A cache of keys and values in autocast's precision, to which attention would cast them:
     in bfloat16 half the memory and the same numbers. (Not for training: gradients of a shared
     prompt would add up in bfloat16.)"""
     def update(self, key_states, value_states, *args, **kwargs):

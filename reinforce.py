@@ -191,7 +191,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
-    """Samples group_size completions per row, at most --generate-batch-size at a time."""
+    """Samples group_size completions per row, one group or more at a time."""
     args, eos_ids = run.args, eos_token_ids(model, tokenizer, run.device)
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], "left", run.device)
     size = max(1, args.generate_batch_size // group_size)  # prompts at a time
@@ -200,7 +200,8 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
         if not cache_works(model):  # Mamba and other recurrent models
             rows = [row for row in rows for _ in range(group_size)]
             return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
-                                        args.temperature, args.generate_batch_size)
+                                        args.temperature if generator else 0.0,
+                                        args.generate_batch_size)
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
                           args.max_new_tokens, args.temperature, eos_ids, generator)
                  for i in run.progress(range(0, len(rows), size))]

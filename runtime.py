@@ -495,7 +495,7 @@ class Run:
         bad = gather_objects([repr(str(row["prompt"]).strip()[:60]) for row in self._rows
                               if not self._outputs_are_finite(model, row)])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"step {self.step}: the gradient is not finite; no update was made. "
+        raise UserError(f"step {self.step}: the gradient is not finite, and was not used. "
                         f"Rows with such outputs: {', '.join(bad[:3]) or 'none'}{more}. Lower "
                         "--lr, or use --dtype float32; --resume continues from the newest "
                         "checkpoint")

@@ -2,7 +2,10 @@
 All of them: python tests/families_table.py"""
 import pytest
 
+import reinforce
+from common import load_tokenizer
 from helpers import families
+from helpers.unit import make_run
 
 KINDS = ["gemma3_text",  # windows
          "gpt_oss",  # windows and experts
@@ -33,6 +36,17 @@ def test_what_would_be_wrong_is_refused(name):
     verdicts = families.verdicts(name)
     refused = [text for text in verdicts.values() if text.startswith("refused: ")]
     assert len(refused) == 1 and REFUSED[name] in refused[0] and len(verdicts) <= 2, verdicts
+
+
+def test_without_a_generator_a_recurrent_model_decodes_greedily():
+    """ReMax's baseline, and transformers' generate in the place of the script's."""
+    plain = families.tiny_model("mamba2")
+    model = families.load(plain)
+    run = make_run(reinforce.Args(device="cpu", max_new_tokens=6))
+    rows = [{"prompt_ids": [5, 6, 7]}, {"prompt_ids": [9, 8]}]
+    rollout = reinforce.sample(model, rows, 1, run, load_tokenizer("tiny/policy"), None)
+    for row, ids, mask in zip(rows, rollout.completion_ids.tolist(), rollout.mask.tolist()):
+        assert ids[:sum(mask)] == families.plain_greedy(plain, row["prompt_ids"], 6)[:sum(mask)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

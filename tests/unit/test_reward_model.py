@@ -114,6 +114,9 @@ def test_rows_of_one_prompt_share_its_forward_pass(make, tmp_path):
     alone = torch.cat([common.score_ids(model, [row]).detach() for row in rows])
     close(found[0][0], alone, rtol=0, atol=1e-5)
     close(found[1][0], alone, rtol=0, atol=1e-5)
+    model.config.pad_token_id = 9  # transformers reads before a row's last pads
+    close(common.score_ids(model, rows, ["a", "a", "b", "a", "c", "b"]).detach(),
+          torch.cat([common.score_ids(model, [row]).detach() for row in rows]), rtol=0, atol=1e-5)
     assert (found[0][1] - found[1][1]).norm() < 1e-5 * found[0][1].norm() and found[1][2] < found[0][2]
 
 
