@@ -605,7 +605,7 @@ def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
 
 
 @torch.no_grad()
-def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192, prompts=None):
+def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192, prompts=()):
     """(B,) float32 scores of rendered conversations, `tokens` in a micro-batch. For prompts
     see score_ids."""
     rows = encode(tokenizer, texts)
@@ -618,11 +618,11 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192, prompts=
     scores = torch.zeros(len(rows), device=model.device)
     for part in micro_batches(lengths, tokens):
         scores[part.to(model.device)] = score_ids(
-            model, [rows[i] for i in part], prompts and [prompts[i] for i in part])
+            model, [rows[i] for i in part], [prompts[i] for i in part] if prompts else ())
     return scores
 
 
-def score_ids(model, rows: list[list[int]], prompts=None) -> torch.Tensor:
+def score_ids(model, rows: list[list[int]], prompts=()) -> torch.Tensor:
     """(B,) float32 scores of conversations (token ids) by a model with one label, read at the
     last token. These heads have no bias: `reward_bias` in the model's config is added.
 
@@ -631,16 +631,17 @@ def score_ids(model, rows: list[list[int]], prompts=None) -> torch.Tensor:
     """
     config = model.config.get_text_config()
     body, pad_id = body_of(model), config.pad_token_id
-    if prompts and hasattr(model, "score") and not dist.is_initialized() and cache_works(body):
-        while any(len(row) > 1 and row[-1] == pad_id for row in rows):  # as transformers reads
-            rows = [row[:-1] if len(row) > 1 and row[-1] == pad_id else row for row in rows]
-        common = {}  # prompt: what its rows begin with
-        for row, prompt in zip(rows, prompts):
-            common[prompt] = os.path.commonprefix([row, common.get(prompt, row)])
-        prompt_ids, prompt_mask = pad([common[prompt] for prompt in prompts], "left",
+    while any(len(row) > 1 and row[-1] == pad_id for row in rows):  # which nothing reads
+        rows = [row[:-1] if len(row) > 1 and row[-1] == pad_id else row for row in rows]
+    shared = {}  # prompt: the tokens that its rows begin with
+    for row, prompt in zip(rows, prompts):
+        shared[prompt] = os.path.commonprefix([row, shared.get(prompt, row)])
+    if len(shared) < len(prompts) and all(shared.values()) and hasattr(model, "score") and (
+            not dist.is_initialized() and cache_works(body)):
+        prompt_ids, prompt_mask = pad([shared[prompt] for prompt in prompts], "left",
                                       model.device)
         # and a token that is not read: the outputs are those before each token
-        rest = [row[len(common[prompt]):] + [0] for row, prompt in zip(rows, prompts)]
+        rest = [row[len(shared[prompt]):] + [0] for row, prompt in zip(rows, prompts)]
         completion_ids, mask = pad(rest, "right", model.device)
         hidden = completion_outputs(body, prompt_ids, prompt_mask, completion_ids, mask,
                                     share=True)  # (B, T, D)

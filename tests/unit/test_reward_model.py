@@ -102,7 +102,7 @@ def test_rows_of_one_prompt_share_its_forward_pass(make, tmp_path):
     rows = [[5, 6, 7, 8, 9], [5, 6, 7, 8], [11, 12, 13], [5, 6, 7, 10, 9, 8], [14, 15, 16, 17], [11, 12, 18]]
     weights = torch.tensor([1.0, 2.0, -3.0, 0.5, 1.5, -1.0])
     found = []
-    for prompts in (None, ["a", "a", "b", "a", "c", "b"]):
+    for prompts in ((), ["a", "a", "b", "a", "c", "b"]):
         model.zero_grad()
         seen = []
         hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.append(
@@ -114,6 +114,8 @@ def test_rows_of_one_prompt_share_its_forward_pass(make, tmp_path):
     alone = torch.cat([common.score_ids(model, [row]).detach() for row in rows])
     close(found[0][0], alone, rtol=0, atol=1e-5)
     close(found[1][0], alone, rtol=0, atol=1e-5)
+    different = [[5, 6], [7, 8]], ["a", "a"]  # no token in common
+    close(common.score_ids(model, *different).detach(), common.score_ids(model, different[0]).detach(), rtol=0, atol=1e-6)
     model.config.pad_token_id = 9  # transformers reads before a row's last pads
     close(common.score_ids(model, rows, ["a", "a", "b", "a", "c", "b"]).detach(),
           torch.cat([common.score_ids(model, [row]).detach() for row in rows]), rtol=0, atol=1e-5)
