@@ -20,6 +20,7 @@ import types
 import warnings
 import weakref
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -44,7 +45,8 @@ NonNegInt, NonNegFloat = Annotated[int, "at least 0"], Annotated[float, "at leas
 Fraction, Smoothing = Annotated[float, "from 0 to 1"], Annotated[float, "from 0 to below 0.5"]
 
 
-KINDS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+KINDS = {int: (int, "a whole number"), float: ((int, float), "a number"),
+         str: ((str, Callable), "text"), bool: (bool, "True or False")}  # a reward is callable
 
 
 @dataclass
@@ -109,9 +111,9 @@ class RunArgs:
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
             value, kind = getattr(self, name), getattr(hint, "__origin__", hint)
-            if kind in KINDS and type(value) is not kind and not (
-                    kind is float and type(value) is int or kind is str and callable(value)):
-                raise UserError(f"{flag}: must be {KINDS[kind]}, not {value!r}")
+            fitting, words = KINDS.get(kind, (object, ""))
+            if not isinstance(value, fitting) or isinstance(value, bool) != (kind is bool):
+                raise UserError(f"{flag}: must be {words}, not {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{flag}: must be a finite number")
             if get_origin(hint) is Literal and value not in get_args(hint):

@@ -170,6 +170,6 @@ def test_an_encoder_without_a_pooler_becomes_a_reward_model_that_loads(kind, tmp
     assert loss == pytest.approx(evaluations_of(log)[-1]["eval_loss"], abs=1e-4)
 
 
-def test_a_critic_from_a_causal_lm_with_lora_in_bfloat16(tmp_path):
+def test_a_critic_from_a_causal_lm_with_lora_in_bfloat16(tmp_path, peft):
     """What its body can do is found out before its weights are frozen in bfloat16."""
     run("ppo", tmp_path / "run", lora_rank=4, dtype="bfloat16", critic="tiny/policy", steps=1, eval_prompts=0)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -314,7 +315,7 @@ def test_from_python_folders_are_paths_and_rewards_any_function(tmp_path):
     def by(weight, completions, **columns):
         return [weight * len(turns) for turns in completions]
     flags = small_flags("grpo", tmp_path / "run", reward=functools.partial(by, 2.0), **ONE)
-    folder, _ = grpo.main(grpo.Args(**flags | dict(run_dir=tmp_path / "run", lr=1)))
+    folder, _ = grpo.main(grpo.Args(**flags | dict(run_dir=tmp_path / "run", lr=np.float64(0.001), beta=0)))
     assert "functools.partial" in json.loads((folder / "args.json").read_text())["reward"]
 
 
