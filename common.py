@@ -685,7 +685,8 @@ def call_reward(name: str, function, rows: list[dict], completions: list[str], d
     finally:  # what it changed for the whole process
         os.chdir(folder)
         torch.set_default_dtype(dtype)
-        torch.set_default_device(default_device)
+        if torch.get_default_device() != default_device:  # setting one slows every operation
+            torch.set_default_device(None if default_device.type == "cpu" else default_device)
         torch.set_grad_enabled(grad)
     try:
         scores = [math.nan if v is None else float(v) for v in values]

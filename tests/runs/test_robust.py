@@ -61,7 +61,7 @@ def reward(prompts, completions, **columns):
 """), "cpu")
     rows = [{"prompt": "a", "answer": ["b"]}, {"prompt": "c", "answer": ["d"]}]
     assert reward(rows, ["x", "y"]).tolist() == [1, 1]
-    assert torch.get_default_device().type == "cpu"
+    assert torch.get_default_device().type == "cpu" and not torch.overrides._get_current_function_mode_stack()
     assert os.getcwd() == str(ROOT) and torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
     assert rows == [{"prompt": "a", "answer": ["b"]}, {"prompt": "c", "answer": ["d"]}]
 
