@@ -26,8 +26,8 @@ Its relatives, as in their papers:
     CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0
                 (the paper does not give its clip: tune it)
 
-They clip, and GSPO and CISPO differ, only with several updates per rollout: add
---minibatches 4. With one, the ratio is 1.
+Clipping matters only with several updates per rollout, such as --minibatches 4. With
+one, the ratio is 1, so GSPO is GRPO and CISPO is DAPO.
 
 For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one update per
 rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
@@ -39,8 +39,8 @@ For a real model set --prompts-per-step, --max-new-tokens and --steps, too: --he
 names the usual ranges.
 
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
-rises, it is being hacked. length_correlation far above 0: the reward
-pays for length. zero_std_groups near 1: the prompts are too easy or too hard.
+rises, it is being hacked. If length_correlation is far above 0, the reward
+pays for length. If zero_std_groups is near 1, the prompts are too easy or too hard.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -68,17 +68,17 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     steps: NonNegInt = 40
     """rollouts to train on (real models: 200 to 2000; 0: evaluate only)"""
     prompts_per_step: PosInt = 16
-    """prompts per rollout (128 to 512)"""
+    """prompts per rollout (real models: 128 to 512)"""
     group_size: PosInt = 16
     """completions per prompt (8 to 64)"""
     max_new_tokens: PosInt = 48
-    """length limit of a completion, in tokens (256 to 8192)"""
+    """length limit of a completion, in tokens (real models: 256 to 8192)"""
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
     mask_truncated: bool = False
     """leave completions that hit the length limit out of the loss (DAPO)"""
     truncation_penalty: NonNegFloat = 0.0
-    """subtracted from the reward of such completions"""
+    """subtracted from the reward of completions that hit the limit"""
     beta: NonNegFloat = 0.04
     """KL coefficient, in reward per nat (0.001 to 0.1; 0 loads no reference model)"""
     lr: PosFloat = 4e-4
@@ -122,7 +122,7 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     advantages = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
     if scale == "group":
         n, squares = scored.sum(1, keepdim=True), advantages.square().sum(1, keepdim=True)
-    if scale == "batch":  # around the mean of all rewards, of all processes
+    if scale == "batch":  # around the mean of all rewards in all processes
         n = all_sum(scored.sum()).clamp(min=1)
         squares = all_sum((groups - all_sum(groups.nansum()) / n).square().nansum())
     if scale != "none":

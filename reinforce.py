@@ -61,17 +61,17 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     steps: NonNegInt = 40
     """rollouts to train on (real models: 200 to 2000; 0: evaluate only)"""
     prompts_per_step: PosInt = 16
-    """prompts per rollout (128 to 512)"""
+    """prompts per rollout (real models: 128 to 512)"""
     group_size: PosInt = 16
     """completions per prompt (8 to 64)"""
     max_new_tokens: PosInt = 48
-    """length limit of a completion, in tokens (256 to 8192)"""
+    """length limit of a completion, in tokens (real models: 256 to 8192)"""
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
     mask_truncated: bool = False
     """leave completions that hit the length limit out of the loss (DAPO)"""
     truncation_penalty: NonNegFloat = 0.0
-    """subtracted from the reward of such completions"""
+    """subtracted from the reward of completions that hit the limit"""
     beta: NonNegFloat = 0.04
     """KL coefficient, in reward per nat (0.001 to 0.1; 0 loads no reference model)"""
     lr: PosFloat = 4e-4
