@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 
@@ -386,8 +387,11 @@ class Rollout:
     mask: torch.Tensor  # (B, T), 1 for the completion's tokens, its end of sequence included
     tokenizer: object
     eos_ids: torch.Tensor
+    sampler_logprobs: torch.Tensor = None  # (B, T), as the sampler had them; nan: not known
 
     def __post_init__(self):
+        if self.sampler_logprobs is None:
+            self.sampler_logprobs = torch.full_like(self.mask, math.nan, dtype=torch.float32)
         lengths = self.mask.sum(1)  # (B,)
         self.lengths = self.prompt_mask.sum(1) + lengths  # (B,), prompt and completion
         last = self.completion_ids.gather(1, lengths[:, None] - 1)[:, 0]
@@ -406,6 +410,44 @@ class Rollout:
         """What completion_logprobs needs of some rows."""
         return (self.prompt_ids[rows], self.prompt_mask[rows], self.completion_ids[rows],
                 self.mask[rows])
+
+    def overlong(self, args) -> torch.Tensor:
+        """(B,): 1 for completions that were cut. With --overlong-window it grows from 0 to 1
+        over the last tokens before the limit (DAPO, arXiv:2503.14476, eq. 13)."""
+        if args.overlong_window == 0:
+            return self.truncated.float()
+        start = args.max_new_tokens - args.overlong_window
+        return ((self.mask.sum(1) - start) / args.overlong_window).clamp(min=0)
+
+    def importance_weights(self, rows, old_logprobs, cap: float):
+        """importance_weights of some rows' tokens, (rows, T)."""
+        return importance_weights(old_logprobs, self.sampler_logprobs[rows], cap)
+
+
+def replace_groups(flat, prompts: list, rollout: Rollout, scores, others: list, new: Rollout,
+                   new_scores) -> Rollout:
+    """The rollout with the groups that are marked in flat (prompts,) replaced by the first
+    groups of a new one, whole. Changes prompts and scores in place, too."""
+    places, group_size = flat.nonzero()[:, 0], len(scores) // len(prompts)
+    for place, row in zip(places.tolist(), others):
+        prompts[place] = row
+    rows = places[:, None] * group_size + torch.arange(group_size, device=flat.device)
+    rows = rows.view(-1)  # of the rollout
+    pairs = [(scores, new_scores)]
+    if hasattr(scores, "parts"):  # see combine_rewards
+        pairs += [(scores.raw, new_scores.raw)]
+        pairs += [(scores.parts[name], new_scores.parts[name]) for name in scores.parts]
+    for old, other in pairs:
+        old[rows] = other[:len(rows)]
+    fields = {}
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "mask", "sampler_logprobs"):
+        old, other = getattr(rollout, name), getattr(new, name)
+        width = max(old.shape[1], other.shape[1])
+        left = name.startswith("prompt")  # where the padding is
+        old, other = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1]))
+                      for x in (old, other))
+        fields[name] = old.index_copy(0, rows, other[:len(rows)])
+    return Rollout(**fields, tokenizer=rollout.tokenizer, eos_ids=rollout.eos_ids)
 
 
 def draw(probs, generator=None):
@@ -524,12 +566,30 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str = "k1"):
       k1: zero (E[grad log pi] = 0), so never use k1 in a loss
       k2: KL(policy || reference)
       k3: KL(reference || policy); times the ratio pi / pi_old, KL(policy || reference)
+    (docs/convergence.md; Liu et al. 2025, arXiv:2510.01555; Shah et al., arXiv:2512.21852.)
     k1 in the reward also charges a token for the KL of those after it.
     """
     d = logprobs - ref_logprobs
     if estimator == "k1":
         return d
     return d.square() / 2 if estimator == "k2" else torch.expm1(-d) + d
+
+
+def importance_weights(old_logprobs, sampler_logprobs, cap: float):
+    """min(pi_old / pi_sampler, cap) of each token, (B, T): corrects the loss where the sampler
+    computes in another precision, or lags behind (truncated importance sampling: Ionides 2008;
+    Yao et al. 2025). Without a bound it would be exact, and noisy."""
+    if sampler_logprobs.isnan().any():
+        raise UserError("--importance-cap: this model's sampler does not give its log-probs")
+    return (old_logprobs - sampler_logprobs).exp().clamp(max=cap)
+
+
+def flat_groups(scores, group_size: int):
+    """Whether all scores of a group are equal, (prompts,), so that its advantages are 0.
+    scores: (B,); nan: no score."""
+    groups = scores.view(-1, group_size)
+    highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
+    return highest - lowest < 1e-4
 
 
 def masked_mean(values, mask, dim=None):
@@ -593,6 +653,49 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     return reward
 
 
+def combine_rewards(rewards: dict, weights=(), how: str = "sum", normalize: bool = False):
+    """One reward of several, given by name: reward(rows, completions) -> (B,). Where one gave
+    None, the others are combined; nan where all did.
+
+    how: "sum" of weights (default: 1) times rewards; of an ensemble of reward models "min"
+    (Coste et al. 2023, arXiv:2310.02743) or "mean_minus_std" (Eisenstein et al. 2023,
+    arXiv:2312.09244). normalize: first each to mean 0 and standard deviation 1 over its group,
+    rows that follow each other and are the same object (GDPO, arXiv:2601.05242).
+    The result has `parts`, the scores by name, and `raw`, itself without normalize.
+    """
+    weights = torch.tensor(weights or [1.0] * len(rewards))
+
+    def combine(parts):  # (B, rewards) -> (B,)
+        parts = parts * weights.to(parts.device)
+        values = parts.nansum(1)
+        if how == "min":
+            values = parts.nan_to_num(math.inf).amin(1)
+        if how == "mean_minus_std":
+            mean = parts.nanmean(1, keepdim=True)
+            values = mean[:, 0] - (parts - mean).square().nanmean(1).sqrt()
+        return values.masked_fill(parts.isnan().all(1), math.nan)
+
+    def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
+        parts = torch.stack([reward(rows, completions) for reward in rewards.values()], 1)
+        raw = scores = combine(parts)
+        if normalize:
+            starts = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
+            sizes = [b - a for a, b in zip(starts, starts[1:] + [len(rows)])]
+            scores = combine(torch.cat([normalized(group) for group in parts.split(sizes)]))
+        scores.parts, scores.raw = dict(zip(rewards, parts.unbind(1))), raw.clone()
+        return scores
+    return reward
+
+
+def normalized(values):
+    """Columns (n, k) with mean 0 and standard deviation 1 (divisor n - 1), nan left out; 0
+    where a column is constant."""
+    centered = values.double() - values.double().nanmean(0)
+    n = (~values.isnan()).sum(0) - 1
+    std = (centered.square().nansum(0) / n.clamp(min=1)).sqrt()
+    return (centered / (std + 1e-4)).to(values.dtype)
+
+
 def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
     """Raises unless a reward model reads each prompt with max_new_tokens of a completion."""
     longest = sorted(rows, key=lambda row: len(row["prompt_ids"]))[-100:]
@@ -633,18 +736,18 @@ def score_ids(model, rows: list[list[int]], prompts=()) -> torch.Tensor:
     body, pad_id = body_of(model), config.pad_token_id
     while any(len(row) > 1 and row[-1] == pad_id for row in rows):  # which nothing reads
         rows = [row[:-1] if len(row) > 1 and row[-1] == pad_id else row for row in rows]
-    shared = {}  # prompt: the tokens that its rows begin with
-    for row, prompt in zip(rows, prompts):
-        shared[prompt] = os.path.commonprefix([row, shared.get(prompt, row)])
-    if len(shared) < len(prompts) and all(shared.values()) and hasattr(model, "score") and (
-            not dist.is_initialized() and cache_works(body)):
+    if hasattr(model, "score") and not dist.is_initialized() and cache_works(body):
+        prompts = prompts or range(len(rows))
+        shared = {}  # prompt: the tokens that its rows begin with
+        for row, prompt in zip(rows, prompts):
+            shared[prompt] = os.path.commonprefix([row, shared.get(prompt, row)])
         prompt_ids, prompt_mask = pad([shared[prompt] for prompt in prompts], "left",
                                       model.device)
         # and a token that is not read: the outputs are those before each token
-        rest = [row[len(shared[prompt]):] + [0] for row, prompt in zip(rows, prompts)]
-        completion_ids, mask = pad(rest, "right", model.device)
+        completion_ids, mask = pad([row[len(shared[prompt]):] + [0] for row, prompt in
+                                    zip(rows, prompts)], "right", model.device)
         hidden = completion_outputs(body, prompt_ids, prompt_mask, completion_ids, mask,
-                                    share=True)  # (B, T, D)
+                                    share=all(shared.values()))  # (B, T, D)
         last = hidden[torch.arange(len(rows), device=model.device), mask.sum(1) - 1]  # (B, D)
         return model.score(last)[:, 0].float() + getattr(model.config, "reward_bias", 0.0)
     last = {row[-1] for row in rows}

@@ -64,7 +64,7 @@ class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: ru
     """AdamW's peak learning rate (real models: 1e-7 to 5e-6)"""
 
     # --- flags of the algorithm
-    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo"] = "sigmoid"
+    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "apo_zero", "apo_down"] = "sigmoid"
     """see dpo_loss"""
     label_smoothing: Smoothing = 0.0
     """fraction of labels taken to be wrong (0 to 0.3): cDPO"""
@@ -87,7 +87,8 @@ class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: ru
 
     def __post_init__(self):
         super().__post_init__()
-        if self.loss_type in ("hinge", "ipo") and (self.label_smoothing or self.robust):
+        if self.loss_type not in ("sigmoid", "simpo") and (
+                self.label_smoothing or self.robust):
             raise UserError(f"--loss-type {self.loss_type}: no --label-smoothing or --robust")
         if self.max_tokens == 1:
             raise UserError("--max-tokens: must leave room for a prompt and an answer")
@@ -110,11 +111,18 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float,
     hinge: SLiC, relative to the reference (Liu et al. 2023, arXiv:2309.06657, eq. 10).
     ipo: pulls the log-ratio to 1 / (2 beta) (Azar et al. 2023, eq. 17).
     simpo: mean log-probs and no reference (Meng et al. 2024, eq. 6).
+    apo_zero, apo_down: raises the chosen answer and lowers the rejected one; or lowers both,
+        where the policy is better than the chosen answers (arXiv:2408.06266, eq. 7 and 8).
     """
     if loss_type == "simpo":
         z = beta * (chosen - rejected)
     else:
         z, margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected)), 0.0
+    if loss_type == "apo_zero":
+        return (beta * (ref_chosen - chosen)).sigmoid() + (
+            beta * (rejected - ref_rejected)).sigmoid()
+    if loss_type == "apo_down":
+        return (beta * (chosen - ref_chosen)).sigmoid() + (-z).sigmoid()
     if loss_type == "hinge":
         return (1 - z).relu()
     if loss_type == "ipo":

@@ -3,10 +3,11 @@ import json
 import math
 
 import torch
-from common import (Rollout, as_messages, eos_token_ids, kl_estimate, pad,
+from common import (Rollout, as_messages, eos_token_ids, flat_groups, kl_estimate, pad,
                     rollout_logprobs)
 from modeling import UserError, cache_works, generate_by_library
-from runtime import gather_objects, json_lines, read_json, reference_mode, write_whole
+from runtime import (gather_objects, json_lines, read_json, reference_mode, writable,
+                     write_whole)
 
 
 class Evaluator:
@@ -38,8 +39,7 @@ class Evaluator:
                                 "keep --eval-data, --eval-prompts and --eval-samples")
             saved = read_json(run.dir / "args.json", f"--resume {run.dir}")
             for name in ("gold", "reward", "reference", "max_new_tokens", "temperature"):
-                value = getattr(run.args, name, None)
-                if saved.get(name) != value and not callable(value):
+                if saved.get(name) != writable(getattr(run.args, name, None)):
                     print(f"--{name.replace('_', '-')} has changed: the reference's "
                           "completions are sampled again, and compared by it")
                     self.baseline = []
@@ -93,7 +93,12 @@ class Evaluator:
         run, rows, n = self.run, self.run.share(self.rows), self.run.args.eval_samples
         rollout = self.sample(model, rows, n, run, self.tokenizer, run.generator(0))
         repeated = [row for row in rows for _ in range(n)]
-        columns = {k: reward(repeated, rollout.texts) for k, reward in self.rewards.items()}
+        columns = {}
+        for name, reward in self.rewards.items():
+            scores = reward(repeated, rollout.texts)
+            columns[name] = getattr(scores, "raw", scores)
+            parts = getattr(scores, "parts", {})
+            columns |= {f"{name}/{part}": values for part, values in parts.items()}
         if reference is not None:
             drawn = rollout  # the KL is a mean over samples of the distributions themselves
             if self.temperature != run.args.temperature:
@@ -215,23 +220,26 @@ def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
                     group_size: int) -> dict:
     """What every on-policy script logs about the completions of all processes.
 
-    scores: (B,), nan where there is none. logprobs, entropy, ref_logprobs: (B, T); without a
-    reference, ref_logprobs is logprobs.
+    scores: (B,), nan where there is none; for its parts see common.combine_rewards. logprobs,
+    entropy, ref_logprobs: (B, T); without a reference, ref_logprobs is logprobs.
     """
     lengths = rollout.mask.sum(1)  # (B,)
-    columns = [scores, lengths, rollout.truncated, (entropy * rollout.mask).sum(1),
-               distinct_ngrams(rollout.completion_ids, rollout.mask)]
+    gap = ((logprobs - rollout.sampler_logprobs) * rollout.mask).abs()  # (B, T)
+    parts = getattr(scores, "parts", {})
+    columns = [scores, getattr(scores, "raw", scores), lengths, rollout.truncated,
+               (entropy * rollout.mask).sum(1), gap.sum(1), gap.amax(1),
+               distinct_ngrams(rollout.completion_ids, rollout.mask), *parts.values()]
     if ref_logprobs is not logprobs:  # there is a reference
         columns.append(kl_estimate(logprobs, ref_logprobs).sum(1))
     columns = torch.stack([column.double().cpu() for column in columns], 1)  # (B, columns)
-    scores, lengths, truncated, entropy, distinct, *kl = torch.tensor(
+    trained, scores, lengths, truncated, entropy, gap, largest, distinct, *rest = torch.tensor(
         gather_objects(columns.tolist()), dtype=torch.float64).T
     if scores.isnan().all():
         raise UserError("--reward: it left out every completion of a step")
-    groups = scores.view(-1, group_size)  # nan: no score
-    highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
-    flat = highest - lowest < 1e-4
+    flat = flat_groups(trained, group_size)
+    highest = scores.view(-1, group_size).nan_to_num(-math.inf).amax(1)
     all_right = flat & ((highest - 1).abs() < 1e-4)
+    kl, known = rest[len(parts):], not gap.isnan().any()
     return {"reward": scores.nanmean(), **({"kl": kl[0].mean()} if kl else {}),
             "length": lengths.mean(), "truncated": truncated.mean(),
             "entropy": entropy.sum() / lengths.sum(),
@@ -239,7 +247,10 @@ def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
             "length_correlation": length_correlation(scores, lengths, group_size),
             "distinct_3": distinct.nanmean(), "unscored": scores.isnan().double().mean(),
             "zero_std_groups": flat.double().mean(),
-            "zero_std_groups_right": all_right.double().mean()}
+            "zero_std_groups_right": all_right.double().mean(),
+            **({"sampler_gap": gap.sum() / lengths.sum(),
+                "sampler_gap_max": largest.max()} if known else {}),
+            **{f"reward/{name}": part.nanmean() for name, part in zip(parts, rest)}}
 
 
 def length_correlation(scores, lengths, group_size: int) -> float:

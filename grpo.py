@@ -13,18 +13,21 @@ a completion is how much better it scored than its group, so no critic is needed
 
 Differences from the paper:
 
-1. The reference is the initial policy (or --reference); it is never refreshed.
+1. The reference is the initial policy (or --reference), unless
+   --renew-reference-every renews it (the paper's algorithm 1, line 2).
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
 Its relatives, as in their papers:
 
-    DAPO        --loss-type dapo --clip-high 0.28 --beta 0 --mask-truncated
-                (not its dynamic sampling and its soft penalty on length)
+    DAPO        --loss-type dapo --clip-high 0.28 --beta 0 --max-resamples 5
+                --truncation-penalty 1 --overlong-window 4096
     Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
     GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --beta 0
     CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0
                 (the paper does not give its clip: tune it)
+    GMPO        --loss-type gmpo --clip-low 0.33 --clip-high 0.49 --beta 0
+    GDPO        --normalize-rewards --scale-rewards batch (with several rewards)
 
 Clipping matters only with several updates per rollout, such as --minibatches 4. With
 one, the ratio is 1, so GSPO is GRPO and CISPO is DAPO.
@@ -49,8 +52,9 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from common import (Rollout, completion_logprobs, draw, eos_token_ids, kl_estimate,
-                    load_prompts, load_tokenizer, masked_mean, pad, rollout_logprobs)
+from common import (Rollout, completion_logprobs, draw, eos_token_ids, flat_groups,
+                    kl_estimate, load_prompts, load_tokenizer, masked_mean, pad,
+                    replace_groups, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
 from modeling import UserError, cache_works, load_causal_lm, sampling_cache
 from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run, all_sum, cli,
@@ -61,8 +65,8 @@ from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run
 class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
-    reward: str = "tiny/reward_model"
-    """folder or hub id of a reward model (one label), or file.py:function"""
+    reward: tuple[str, ...] = ("tiny/reward_model",)
+    """one or more: folder or hub id of a reward model (one label), or file.py:function"""
     data: str = "tiny/prompts.jsonl"
     """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[:config][:split]"""
     steps: NonNegInt = 40
@@ -75,10 +79,6 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     """length limit of a completion, in tokens (real models: 256 to 8192)"""
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
-    mask_truncated: bool = False
-    """leave completions that hit the length limit out of the loss (DAPO)"""
-    truncation_penalty: NonNegFloat = 0.0
-    """subtracted from the reward of completions that hit the limit"""
     beta: NonNegFloat = 0.04
     """KL coefficient, in reward per nat (0.001 to 0.1; 0 loads no reference model)"""
     lr: PosFloat = 4e-4
@@ -89,9 +89,11 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     """updates per pass (1 to 16)"""
 
     # --- flags of the algorithm
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """divide advantages by the std of the group, of the batch (arXiv:2508.08221), or not"""
-    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    scale_rewards: Literal["group", "batch", "mean", "none"] = "group"
+    """divide advantages by the group's std, the batch's, the group's mean (MaxRL), or not"""
+    max_resamples: NonNegInt = 0
+    """how often groups with equal scores are replaced by other prompts' (DAPO; 1 to 10)"""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo"] = "grpo"
     """see policy_loss and token_weights"""
     clip_low: NonNegFloat = 0.2
     """the ratio is clipped at 1 - clip_low (gspo: 3e-4; cispo: 1)"""
@@ -114,7 +116,8 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     """Advantage of each completion over its group, (B,) (DeepSeekMath, sec. 4.1.2).
 
     rewards: (B,), group after group; nan marks a completion without a score, which gets 0.
-    scale "none" is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783).
+    scale "none" is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783); "mean", for rewards of 0 or
+    1, MaxRL's (arXiv:2602.02710): with many samples, the gradient of the log success rate.
     """
     # float64: in float32, rounding in the mean of equal rewards is blown up by the division
     groups = rewards.double().view(-1, group_size)
@@ -125,7 +128,11 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     if scale == "batch":  # around the mean of all rewards in all processes
         n = all_sum(scored.sum()).clamp(min=1)
         squares = all_sum((groups - all_sum(groups.nansum()) / n).square().nansum())
-    if scale != "none":
+    if scale == "mean":
+        if (groups < 0).any():
+            raise UserError("--scale-rewards mean: needs rewards of at least 0")
+        advantages = (advantages / groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
+    elif scale != "none":
         advantages = advantages / ((squares / (n - 1).clamp(min=1)).sqrt() + 1e-4)
     return advantages.view(-1).to(rewards.dtype)
 
@@ -140,6 +147,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
     gspo: one ratio per completion, the geometric mean over tokens (arXiv:2507.18071, eq. 7).
     cispo: the clipped ratio weights the log-prob, so no token loses its gradient
         (arXiv:2506.13585).
+    gmpo: the geometric mean of the tokens' clipped ratios (arXiv:2507.20673).
+    sapo: a sigmoid of the ratio instead of the clip (arXiv:2511.20347).
     """
     advantages = advantages[:, None]
     log_ratio = logprobs - old_logprobs
@@ -150,21 +159,29 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
     if loss_type == "cispo":
         loss = -clipped_ratio.detach() * advantages * logprobs
         clipped = clipped_ratio != ratio
+    elif loss_type == "sapo":
+        tau = torch.where(advantages > 0, 1.0, 1.05)  # the paper's temperatures
+        loss = -advantages * 4 / tau * (tau * (ratio - 1)).sigmoid()
+        clipped = ratio.isnan()  # none
     else:
         loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
         clipped = clipped_ratio * advantages < ratio * advantages
+    if loss_type == "gmpo":
+        used = torch.where(clipped, clipped_ratio, ratio).log()
+        loss = -advantages * masked_mean(used, mask, 1)[:, None].exp().expand_as(mask)
     return loss, clipped & (ratio < 1), clipped & (ratio > 1)
 
 
 def token_weights(mask, loss_type: str, max_new_tokens: int):
     """Weight of each token in the loss of an update, (B, T), normalized over all processes.
 
-    grpo, gspo: mean over completions of the mean over their tokens (DeepSeekMath, eq. 3).
+    grpo, gspo, gmpo, sapo: mean over completions of the mean over their tokens (DeepSeekMath,
+        eq. 3).
     dapo, cispo: mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
     dr_grpo: sum over tokens, divided by completions * max_new_tokens (arXiv:2503.20783);
         completions left out of the loss count, too.
     """
-    if loss_type in ("grpo", "gspo"):
+    if loss_type in ("grpo", "gspo", "gmpo", "sapo"):
         lengths = mask.sum(1, keepdim=True)
         return mask / lengths.clamp(min=1) / all_sum((lengths > 0).sum()).clamp(min=1)
     if loss_type == "dr_grpo":
@@ -185,7 +202,8 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, estimator: str):
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: int,
              temperature: float, eos_ids, generator=None):
-    """Samples group_size completions per prompt: ids and mask, two (B, max_new_tokens).
+    """Samples group_size completions per prompt: ids, mask and log-probs of the tokens, three
+    (B, max_new_tokens).
 
     prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
     end-of-sequence token. Without a generator, decodes greedily.
@@ -199,11 +217,12 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
                                         (logits, prompt_mask, position[:, -1:]))
     active = torch.arange(len(logits), device=logits.device)  # completions not finished yet
     ids = prompt_ids.new_zeros(len(active), max_new_tokens)
-    mask = torch.zeros_like(ids)
+    mask, logprobs = torch.zeros_like(ids), torch.zeros(ids.shape, device=ids.device)
     for t in range(max_new_tokens):
         probs = (logits.float() / temperature).softmax(-1)  # (active, V)
         token = draw(probs, generator)  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
+        logprobs[active, t] = probs.gather(1, token)[:, 0].log()
         alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
         if t == max_new_tokens - 1 or len(alive) == 0:
             break
@@ -214,7 +233,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1
         logits = model(input_ids=token, attention_mask=attention_mask, position_ids=position,
                        use_cache=True, **past).logits[:, -1]
-    return ids, mask
+    return ids, mask, logprobs
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
@@ -232,11 +251,12 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
                           args.max_new_tokens, args.temperature, eos_ids, generator)
                  for i in run.progress(range(0, len(rows), size))]
-    ids, mask = (torch.cat(x) for x in zip(*parts))  # (B, max_new_tokens)
+    ids, mask, logprobs = (torch.cat(x) for x in zip(*parts))  # (B, max_new_tokens)
     longest = mask.sum(1).max()
     return Rollout(prompt_ids.repeat_interleave(group_size, 0),
                    prompt_mask.repeat_interleave(group_size, 0),
-                   ids[:, :longest], mask[:, :longest], tokenizer, eos_ids)
+                   ids[:, :longest], mask[:, :longest], tokenizer, eos_ids,
+                   logprobs[:, :longest])
 
 
 def main(args: Args):
@@ -274,9 +294,19 @@ def main(args: Args):
         run.phase("score")
         repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
         scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
-        rewards = scores - args.truncation_penalty * rollout.truncated
-        in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
-        loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
+
+        # --- dynamic sampling (DAPO, eq. 11): replace groups whose scores are all equal
+        in_vain = 0
+        for _ in range(args.max_resamples):
+            flat = flat_groups(scores, args.group_size)  # (prompts,)
+            if all_sum(flat.sum()) == 0:
+                break
+            in_vain += all_sum(flat.sum())
+            others = run.draw_rows(train_rows, flat.sum(), generator)
+            new = sample(policy, others, args.group_size, run, tokenizer, generator)
+            new_scores = reward([row for row in others for _ in range(args.group_size)],
+                                new.texts)
+            rollout = replace_groups(flat, prompts, rollout, scores, others, new, new_scores)
 
         # 3. log-probs under the policy that sampled, and under the reference
         run.phase("logprobs")
@@ -292,6 +322,9 @@ def main(args: Args):
                                                        args.temperature)
 
         # 4. advantages
+        rewards = scores - args.truncation_penalty * rollout.overlong(args)
+        in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
+        loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
         if args.kl_in_reward:
             rewards = rewards - args.beta * kl_estimate(old_logprobs, ref_logprobs).sum(1)
         advantages = group_advantages(rewards, args.group_size, args.scale_rewards)  # (B,)
@@ -321,6 +354,9 @@ def main(args: Args):
                         loss = loss + args.beta * kl_loss(
                             logprobs, old_logprobs[rows], ref_logprobs[rows],
                             args.kl_estimator)
+                    if args.importance_cap > 0:
+                        loss = loss * rollout.importance_weights(
+                            rows, old_logprobs[rows], args.importance_cap)
                     loss = (loss * weights[rows]).sum()
                     loss.backward()
                     loss_sum += loss.detach()
@@ -335,13 +371,15 @@ def main(args: Args):
         metrics = {"lr": lr, "loss": all_sum(loss_sum) / updates,
                    "grad_norm": grad_norm / updates,
                    "clip_fraction_low": all_sum(clipped_low) / tokens,
-                   "clip_fraction_high": all_sum(clipped_high) / tokens}
+                   "clip_fraction_high": all_sum(clipped_high) / tokens,
+                   "groups_in_vain": in_vain}
 
         # 6. log, evaluate, save
         run.log(step, rollout_metrics(rollout, scores, old_logprobs, entropy, ref_logprobs,
                                       args.group_size) | metrics)
         if run.due(args.eval_every, step):
             evaluate(step, policy, reference)
+        run.renew_reference(step, policy, reference)
         if run.due(args.save_every, step):
             run.save(step)
         if run.stopped:  # set in run.log by Ctrl-C or --max-kl

@@ -211,12 +211,12 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask, s
     checkpointing = network.training and any(  # it forbids a cache
         getattr(m, "gradient_checkpointing", False) for m in network.modules())
     # several processes must pass through their layers equally often, so they share nothing
-    if (not share or P == 1 or len(prompts) == len(ids) or checkpointing
-            or dist.is_initialized()
-            or ids.is_cuda and P < T):  # two passes with masks should cost more
+    longest = int(attention_mask.sum(1).max())
+    if (not share or P == 1 or checkpointing or dist.is_initialized() or not sharing_pays(
+            len(prompts), P - 1, len(ids), T, longest, ids.is_cuda)):
         # move each row to the left: padding then comes last, where no token attends to it
         first = P - prompt_mask.sum(1, keepdim=True)  # (B, 1)
-        place = torch.arange(int(attention_mask.sum(1).max()), device=ids.device)[None]
+        place = torch.arange(longest, device=ids.device)[None]
         output = network(input_ids=ids.gather(1, (place + first).clamp(max=P + T - 2)),
                          use_cache=False)[0]  # (B, longest row, ·)
         before = torch.arange(P - 1, P + T - 1, device=ids.device) - first  # (B, T)
@@ -230,6 +230,13 @@ def completion_outputs(network, prompt_ids, prompt_mask, completion_ids, mask, s
     return network(input_ids=ids[:, P - 1:], attention_mask=attention_mask, use_cache=True,
                    position_ids=positions(attention_mask)[:, P - 1:],
                    **cache_argument(network, cache))[0]
+
+
+def sharing_pays(prompts: int, P: int, rows: int, T: int, longest: int, cuda: bool) -> bool:
+    """Whether passing the prompts once, and then the rows' other tokens, takes so much fewer
+    tokens, padding included, than whole rows that it is faster: it is two passes, with masks
+    (benchmarks/parts.py)."""
+    return prompts * P + rows * T < (0.5 if cuda else 0.8) * rows * longest
 
 
 def positions(mask):

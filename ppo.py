@@ -56,8 +56,8 @@ from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, P
 class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
-    reward: str = "tiny/reward_model"
-    """folder or hub id of a reward model (one label), or file.py:function"""
+    reward: tuple[str, ...] = ("tiny/reward_model",)
+    """one or more: folder or hub id of a reward model (one label), or file.py:function"""
     data: str = "tiny/prompts.jsonl"
     """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[:config][:split]"""
     steps: NonNegInt = 40
@@ -70,10 +70,6 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     """length limit of a completion, in tokens (real models: 256 to 8192)"""
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
-    mask_truncated: bool = False
-    """leave completions that hit the length limit out of the loss (DAPO)"""
-    truncation_penalty: NonNegFloat = 0.0
-    """subtracted from the reward of completions that hit the limit"""
     beta: NonNegFloat = 0.04
     """KL coefficient, in reward per nat (0.001 to 0.1; 0 loads no reference model)"""
     lr: PosFloat = 3e-4
@@ -94,6 +90,10 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     """discount per token"""
     gae_lambda: Fraction = 0.95
     """1 trusts the observed reward, 0 the critic"""
+    critic_gae_lambda: Fraction = 0.95
+    """the same for what the critic learns (1: VC-PPO, arXiv:2503.01491)"""
+    entropy_bonus: NonNegFloat = 0.0
+    """this times each token's entropy is added to the objective (PPO, eq. 9; 1e-3 to 0.01)"""
     whiten: bool = True
     """normalize advantages to mean 0 and variance 1 over the tokens of a rollout"""
     clip_low: NonNegFloat = 0.2
@@ -198,8 +198,8 @@ def load_critic(args: Args, reward, tokenizer, device):
     """A value model from a reward model, whose head it takes over, or from a causal LM, with a
     head of zeros."""
     fits = hasattr(getattr(reward, "model", None), "score") and same_tokens(
-        tokenizer, load_tokenizer(args.reward))
-    name = args.critic or (args.reward if fits else args.model)
+        tokenizer, load_tokenizer(args.reward[0]))
+    name = args.critic or (args.reward[0] if fits else args.model)
     if not same_tokens(tokenizer, load_tokenizer(name)):
         raise UserError(f"--critic {name}: its tokenizer is not the policy's")
     critic, critic.score = load_body(name, device)
@@ -219,7 +219,8 @@ def load_critic(args: Args, reward, tokenizer, device):
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: int,
              temperature: float, eos_ids, generator=None):
-    """Samples group_size completions per prompt: ids and mask, two (B, max_new_tokens).
+    """Samples group_size completions per prompt: ids, mask and log-probs of the tokens, three
+    (B, max_new_tokens).
 
     prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
     end-of-sequence token. Without a generator, decodes greedily.
@@ -233,11 +234,12 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
                                         (logits, prompt_mask, position[:, -1:]))
     active = torch.arange(len(logits), device=logits.device)  # completions not finished yet
     ids = prompt_ids.new_zeros(len(active), max_new_tokens)
-    mask = torch.zeros_like(ids)
+    mask, logprobs = torch.zeros_like(ids), torch.zeros(ids.shape, device=ids.device)
     for t in range(max_new_tokens):
         probs = (logits.float() / temperature).softmax(-1)  # (active, V)
         token = draw(probs, generator)  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
+        logprobs[active, t] = probs.gather(1, token)[:, 0].log()
         alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
         if t == max_new_tokens - 1 or len(alive) == 0:
             break
@@ -248,7 +250,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1
         logits = model(input_ids=token, attention_mask=attention_mask, position_ids=position,
                        use_cache=True, **past).logits[:, -1]
-    return ids, mask
+    return ids, mask, logprobs
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
@@ -266,11 +268,12 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
                           args.max_new_tokens, args.temperature, eos_ids, generator)
                  for i in run.progress(range(0, len(rows), size))]
-    ids, mask = (torch.cat(x) for x in zip(*parts))  # (B, max_new_tokens)
+    ids, mask, logprobs = (torch.cat(x) for x in zip(*parts))  # (B, max_new_tokens)
     longest = mask.sum(1).max()
     return Rollout(prompt_ids.repeat_interleave(group_size, 0),
                    prompt_mask.repeat_interleave(group_size, 0),
-                   ids[:, :longest], mask[:, :longest], tokenizer, eos_ids)
+                   ids[:, :longest], mask[:, :longest], tokenizer, eos_ids,
+                   logprobs[:, :longest])
 
 
 def main(args: Args):
@@ -314,9 +317,6 @@ def main(args: Args):
         run.phase("score")
         repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
         scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
-        rewards = scores - args.truncation_penalty * rollout.truncated
-        in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
-        loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
 
         # 3. log-probs under the policy that sampled, and under the reference
         run.phase("logprobs")
@@ -332,12 +332,16 @@ def main(args: Args):
                                                        args.temperature)
 
         # 4. advantages
+        rewards = scores - args.truncation_penalty * rollout.overlong(args)
+        in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
+        loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
         with run.autocast():
             values = rollout_values(critic, rollout, micro_batches)  # (B, T)
         kl = kl_estimate(old_logprobs, ref_logprobs)  # (B, T)
         beta = args.beta * run.state["beta_factor"]
         rewards = token_rewards(rewards.nan_to_num(0.0), kl, rollout.mask, beta)  # (B, T)
-        advantages, returns = gae(rewards, values, rollout.mask, args.gamma, args.gae_lambda)
+        advantages, _ = gae(rewards, values, rollout.mask, args.gamma, args.gae_lambda)
+        _, returns = gae(rewards, values, rollout.mask, args.gamma, args.critic_gae_lambda)
         if args.whiten:
             advantages = masked_whiten(advantages, loss_mask, global_mean)
         if args.kl_target > 0:
@@ -371,13 +375,19 @@ def main(args: Args):
                         continue
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
-                            policy, *rollout.tokens(rows), args.temperature)
+                            policy, *rollout.tokens(rows), args.temperature,
+                            entropy_grad=args.entropy_bonus > 0)
                     if updates == 0:  # the policy has not changed: the ratio is exactly 1
-                        old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
+                        old_logprobs[rows] = logprobs.detach()
+                        entropy[rows] = new_entropy.detach()
                     new_logprobs[rows] = logprobs.detach()
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows],
                         args.clip_low, args.clip_high)
+                    if args.importance_cap > 0:
+                        loss = loss * rollout.importance_weights(
+                            rows, old_logprobs[rows], args.importance_cap)
+                    loss = loss - args.entropy_bonus * new_entropy
                     loss = (loss * loss_mask[rows]).sum() / tokens
                     loss.backward()
                     loss_sum += loss.detach()
@@ -412,6 +422,7 @@ def main(args: Args):
                                       args.group_size) | metrics)
         if run.due(args.eval_every, step):
             evaluate(step, policy, reference)
+        run.renew_reference(step, policy, reference)
         if run.due(args.save_every, step):
             run.save(step)
         if run.stopped:  # set in run.log by Ctrl-C or --max-kl

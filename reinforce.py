@@ -54,8 +54,8 @@ from runtime import (Fraction, NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, P
 class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
-    reward: str = "tiny/reward_model"
-    """folder or hub id of a reward model (one label), or file.py:function"""
+    reward: tuple[str, ...] = ("tiny/reward_model",)
+    """one or more: folder or hub id of a reward model (one label), or file.py:function"""
     data: str = "tiny/prompts.jsonl"
     """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[:config][:split]"""
     steps: NonNegInt = 40
@@ -68,10 +68,6 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     """length limit of a completion, in tokens (real models: 256 to 8192)"""
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
-    mask_truncated: bool = False
-    """leave completions that hit the length limit out of the loss (DAPO)"""
-    truncation_penalty: NonNegFloat = 0.0
-    """subtracted from the reward of completions that hit the limit"""
     beta: NonNegFloat = 0.04
     """KL coefficient, in reward per nat (0.001 to 0.1; 0 loads no reference model)"""
     lr: PosFloat = 4e-4
@@ -97,6 +93,8 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
 
     def __post_init__(self):
         super().__post_init__()
+        if self.normalize_rewards and self.baseline == "greedy":
+            raise UserError("--normalize-rewards: not with --baseline greedy, a group of one")
         if self.group_size < 2 and self.baseline in ("loo", "mean"):
             raise UserError(f"--group-size: --baseline {self.baseline} needs 2 or more")
 
@@ -158,7 +156,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low: float, clip_
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: int,
              temperature: float, eos_ids, generator=None):
-    """Samples group_size completions per prompt: ids and mask, two (B, max_new_tokens).
+    """Samples group_size completions per prompt: ids, mask and log-probs of the tokens, three
+    (B, max_new_tokens).
 
     prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
     end-of-sequence token. Without a generator, decodes greedily.
@@ -172,11 +171,12 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
                                         (logits, prompt_mask, position[:, -1:]))
     active = torch.arange(len(logits), device=logits.device)  # completions not finished yet
     ids = prompt_ids.new_zeros(len(active), max_new_tokens)
-    mask = torch.zeros_like(ids)
+    mask, logprobs = torch.zeros_like(ids), torch.zeros(ids.shape, device=ids.device)
     for t in range(max_new_tokens):
         probs = (logits.float() / temperature).softmax(-1)  # (active, V)
         token = draw(probs, generator)  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
+        logprobs[active, t] = probs.gather(1, token)[:, 0].log()
         alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
         if t == max_new_tokens - 1 or len(alive) == 0:
             break
@@ -187,7 +187,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
         attention_mask, position = F.pad(attention_mask, (0, 1), value=1), position + 1
         logits = model(input_ids=token, attention_mask=attention_mask, position_ids=position,
                        use_cache=True, **past).logits[:, -1]
-    return ids, mask
+    return ids, mask, logprobs
 
 
 def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -> Rollout:
@@ -205,11 +205,12 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
                           args.max_new_tokens, args.temperature, eos_ids, generator)
                  for i in run.progress(range(0, len(rows), size))]
-    ids, mask = (torch.cat(x) for x in zip(*parts))  # (B, max_new_tokens)
+    ids, mask, logprobs = (torch.cat(x) for x in zip(*parts))  # (B, max_new_tokens)
     longest = mask.sum(1).max()
     return Rollout(prompt_ids.repeat_interleave(group_size, 0),
                    prompt_mask.repeat_interleave(group_size, 0),
-                   ids[:, :longest], mask[:, :longest], tokenizer, eos_ids)
+                   ids[:, :longest], mask[:, :longest], tokenizer, eos_ids,
+                   logprobs[:, :longest])
 
 
 def main(args: Args):
@@ -248,9 +249,6 @@ def main(args: Args):
         run.phase("score")
         repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
         scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
-        rewards = scores - args.truncation_penalty * rollout.truncated
-        in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
-        loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
 
         # 3. log-probs under the policy that sampled, and under the reference
         run.phase("logprobs")
@@ -266,12 +264,16 @@ def main(args: Args):
                                                        args.temperature)
 
         # 4. advantages
+        rewards = scores - args.truncation_penalty * rollout.overlong(args)
+        in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
+        loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
         kl, greedy = kl_estimate(old_logprobs, ref_logprobs), None  # (B, T)
         if not args.kl_per_token:
             rewards = rewards - args.beta * kl.sum(1)  # (B,)
         if args.baseline == "greedy":
             best = sample(policy, prompts, 1, run, tokenizer, generator=None)
-            greedy = reward(prompts, best.texts) - args.truncation_penalty * best.truncated
+            greedy = reward(prompts, best.texts)
+            greedy = greedy - args.truncation_penalty * best.overlong(args)
             greedy = greedy.nan_to_num(0.0).repeat_interleave(args.group_size)  # (B,)
         baselines = baseline(rewards, args.group_size, args.baseline, run.state["moving"],
                              greedy)
@@ -301,6 +303,9 @@ def main(args: Args):
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],
                         args.clip_low, args.clip_high)
+                    if args.importance_cap > 0:
+                        loss = loss * rollout.importance_weights(
+                            rows, old_logprobs[rows], args.importance_cap)
                     loss = (loss * loss_mask[rows]).sum() / completions
                     loss.backward()
                     loss_sum += loss.detach()
@@ -325,6 +330,7 @@ def main(args: Args):
                                       args.group_size) | metrics)
         if run.due(args.eval_every, step):
             evaluate(step, policy, reference)
+        run.renew_reference(step, policy, reference)
         if run.due(args.save_every, step):
             run.save(step)
         if run.stopped:  # set in run.log by Ctrl-C or --max-kl

@@ -31,8 +31,8 @@ import transformers
 import tyro
 from tqdm import tqdm
 
-from common import (check_room, load_reward, load_tokenizer, logprobs_of_whole, micro_batches,
-                    same_tokens, token_logprobs)
+from common import (check_room, combine_rewards, load_reward, load_tokenizer,
+                    logprobs_of_whole, micro_batches, same_tokens, token_logprobs)
 from modeling import (UserError, embedding_rows, first_line, freeze, has_plain_head,
                       load_causal_lm)
 
@@ -165,8 +165,46 @@ class OnPolicyArgs(SampleArgs):
     max_kl: NonNegFloat = 0.0
     """stop after a step with a larger KL, in nats per completion (5 to 50; 0: never)"""
 
+    reward_weights: tuple[float, ...] = ()
+    """factors of the rewards, one each (default: 1)"""
+    reward_combine: Literal["sum", "min", "mean_minus_std"] = "sum"
+    """how several rewards become one (an ensemble of reward models: min or mean_minus_std)"""
+    normalize_rewards: bool = False
+    """bring each reward to mean 0 and variance 1 over its group before that (GDPO)"""
+    mask_truncated: bool = False
+    """leave completions that hit the length limit out of the loss (DAPO)"""
+    truncation_penalty: NonNegFloat = 0.0
+    """subtracted from the reward of completions that hit the length limit"""
+    overlong_window: NonNegInt = 0
+    """tokens before the limit over which that penalty grows from 0 (DAPO; 0: only at it)"""
+    importance_cap: NonNegFloat = 0.0
+    """weight each token's loss by pi_old / pi_sampler, at most this (2; 0: do not weight)"""
+    renew_reference_every: NonNegInt = 0
+    """steps after which the reference moves to the policy (100 to 1000; 0: never)"""
+    reference_mix: Fraction = 1.0
+    """how far it moves: 1 copies the policy (a moving average: 0.6, TR-DPO)"""
+
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.reward, str) or callable(self.reward):
+            self.reward = (self.reward,)
+        self.reward = tuple(x if callable(x) else os.fspath(x) for x in self.reward)
+        if not self.reward:
+            raise UserError("--reward: name one or more")
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise UserError(f"--reward-weights: {len(self.reward_weights)} of them for "
+                            f"{len(self.reward)} rewards")
+        if self.normalize_rewards and self.group_size < 2:
+            raise UserError("--normalize-rewards: needs a --group-size of 2 or more")
+        if self.overlong_window and not (
+                self.truncation_penalty and self.overlong_window <= self.max_new_tokens):
+            raise UserError("--overlong-window: needs a --truncation-penalty, and is at most "
+                            "--max-new-tokens")
+        if self.renew_reference_every and not (self.beta or self.reference or self.max_kl):
+            raise UserError("--renew-reference-every: --beta 0 has no reference")
+        if self.renew_reference_every and self.lora_rank:
+            raise UserError("--renew-reference-every: not with --lora-rank, where the "
+                            "reference is the policy without its adapter")
         if self.data == "tiny/prompts.jsonl":  # the tiny world brings its own
             self.eval_data = self.eval_data or "tiny/heldout.jsonl"
             self.gold = self.gold or "tiny/world.py:gold_reward"
@@ -258,7 +296,7 @@ def saved_flags(run_dir: Path, Args) -> dict:
     if unknown := set(flags) - {field.name for field in dataclasses.fields(Args)}:
         raise UserError(f"--resume {run_dir}: a run of another script: it has "
                         f"--{min(unknown).replace('_', '-')}")
-    return flags
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
 
 
 # --- processes
@@ -309,6 +347,14 @@ class Bar(list):
                          disable=rank() > 0 or None))
 
 
+HOPELESS = {  # a metric of every step -> what it means if it stays 1
+    "zero_std_groups":
+        "all completions of a prompt score alike, so there is nothing to learn from. Are the "
+        "prompts too easy or too hard, or does --reward give one value to all? Try other "
+        "prompts, a larger --group-size, or a higher --temperature",
+    "truncated":
+        "no completion ended before --max-new-tokens, and the reward sees what was cut. Raise "
+        "it, or check that the model writes its end of sequence"}
 LOCKS = weakref.WeakValueDictionary()  # path: open file
 
 
@@ -323,6 +369,7 @@ class Run:
         self.bf16 = self.stopped = False
         self.metrics = {}  # the last step's, and the last evaluation's
         self._rows, self._orders, self._phases, self._interrupts = [], {}, [], []
+        self._hopeless = {}
         self._join()
         name = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.dir = Path(gather_objects([args.resume or args.run_dir or name])[0])
@@ -419,17 +466,44 @@ class Run:
         if embedding_rows(model) < tokenizer.embedded:
             raise UserError(f"--reference {name}: embeds {embedding_rows(model)} tokens, and "
                             f"the policy {tokenizer.embedded}: resize_token_embeddings")
-        self.frozen["reference"] = self.shard(freeze(model, self.bf16))
+        renewed = getattr(args, "renew_reference_every", 0) > 0  # then it keeps all its bits
+        self.frozen["reference"] = self.shard(freeze(model, self.bf16 and not renewed))
+        shapes = [[p.shape for p in m.parameters()] for m in (model, policy)]
+        if renewed and shapes[0] != shapes[1]:
+            raise UserError(f"--renew-reference-every: {name} has other weights than --model")
         return model
 
-    def load_reward(self, name: str, rows: list[dict] = ()):
-        """common.load_reward with this run's device, precision and memory. Raises if it cannot
-        read a completion of one of the rows' prompts."""
-        reward = load_reward(name, self.device, self.bf16, self.args.micro_batch_tokens)
-        if hasattr(reward, "model"):
-            self.frozen[Path(name).name] = reward.model
-            if rows:
-                check_room(reward.model, reward.tokenizer, rows, self.args.max_new_tokens)
+    @torch.no_grad()
+    def renew_reference(self, step: int, policy, reference):
+        """Every --renew-reference-every steps, moves the reference to the policy
+        (DeepSeekMath, algorithm 1), or by --reference-mix towards it (TR-DPO,
+        arXiv:2404.09656)."""
+        every = self.args.renew_reference_every
+        if every and step % every == 0:
+            for old, new in zip(reference.parameters(), policy.parameters()):
+                old.lerp_(new, self.args.reference_mix)
+
+    def load_reward(self, names, rows: list[dict] = ()):
+        """common.load_reward with this run's device, precision and memory; several names are
+        combined by the flags. Raises if a reward model cannot read a completion of one of the
+        rows' prompts."""
+        args, rewards = self.args, {}
+        for name in names if isinstance(names, tuple) else (names,):
+            reward = load_reward(name, self.device, self.bf16, args.micro_batch_tokens)
+            short = writable(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
+            short += f"_{len(rewards) + 1}" if short in rewards else ""
+            rewards[short] = reward
+            if hasattr(reward, "model"):
+                self.frozen[short] = reward.model
+                if rows:
+                    check_room(reward.model, reward.tokenizer, rows, args.max_new_tokens)
+        first = next(iter(rewards.values()))
+        if len(rewards) == 1 and not (isinstance(names, tuple) and (
+                args.reward_weights or args.normalize_rewards)):
+            return first
+        reward = combine_rewards(rewards, args.reward_weights, args.reward_combine,
+                                 args.normalize_rewards)
+        reward.model = getattr(first, "model", None)  # a critic may start from it
         return reward
 
     def shard(self, model):
@@ -526,6 +600,12 @@ class Run:
         self._rows = [rows[self._orders[place // n][place % n]] for place in places]
         return self._rows
 
+    def draw_rows(self, rows: list, n, generator) -> list[dict]:
+        """n random rows; one for a process that needs none, since all sample together."""
+        places = torch.randint(len(rows), (max(1, int(n)),), generator=generator,
+                               device=self.device)
+        return [rows[i] for i in places.tolist()]
+
     def _compare_rows(self, rows: list):
         """Says if a resumed run has other rows than before, or the same in other tokens."""
         names = "prompt_ids", "chosen_ids", "rejected_ids"
@@ -597,6 +677,7 @@ class Run:
             if 0 < getattr(self.args, "max_kl", 0) < row.get("kl", 0):
                 self.stopped = True
                 tqdm.write(f"stopped by --max-kl: the KL of step {step} is {row['kl']:g}")
+            self._warn_once(row)
         row = {"step": step} | row
         self.metrics |= row
         self.write("metrics.jsonl", [row])
@@ -615,6 +696,16 @@ class Run:
             self.bar.set_postfix({name: row[name] for name in shown}, refresh=False)
             self.bar.update()
 
+    def _warn_once(self, row: dict):
+        """Says what it means that a metric was 1 in five steps on end."""
+        if getattr(self.args, "group_size", 1) == 1:
+            row = row | {"zero_std_groups": 0}
+        for name, meaning in HOPELESS.items():
+            count = self._hopeless.get(name, 0)
+            self._hopeless[name] = count + 1 if row.get(name) == 1 or count >= 5 else 0
+            if count == 4 and self._hopeless[name] == 5:
+                tqdm.write(f"warning: {name} was 1 in five steps on end: {meaning}")
+
     # --- checkpoints
 
     def resume(self, tokenizer, **trained) -> int:
@@ -629,9 +720,7 @@ class Run:
             self._load()
         step = self.state["step"]
         if self.rank == 0:
-            flags = {name: value if not callable(value) else  # a reward
-                     getattr(value, "__name__", repr(value))
-                     for name, value in vars(self.args).items()} | {"resume": ""}
+            flags = {k: writable(v) for k, v in vars(self.args).items()} | {"resume": ""}
             write_json(self.dir / "args.json", flags | {"ran_with": versions(self.device)})
             if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -791,6 +880,9 @@ class Run:
                                     "exp_avg_sq": torch.zeros_like(weight)}
                     tensors[f"{name}.{key}"] = weight.detach()
                     tensors |= {f"{name}.{key}.{k}": v.detach() for k, v in moments.items()}
+        if getattr(self.args, "renew_reference_every", 0):
+            tensors |= {f"reference.{key}": weight.detach() for key, weight in
+                        self.frozen["reference"].named_parameters()}
         return tensors
 
 
@@ -866,6 +958,13 @@ def read_json(path: Path, where: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{where}: {path} cannot be read: it holds no JSON object")
     return value
+
+
+def writable(value):
+    """A flag's value as args.json has it: a function by its name, a tuple as a list."""
+    if isinstance(value, tuple):
+        return [writable(x) for x in value]
+    return getattr(value, "__name__", repr(value)) if callable(value) else value
 
 
 def json_lines(rows: list[dict]) -> str:

@@ -74,7 +74,7 @@ def credits_of(run_dir: str, seed: int) -> list[dict]:
         for start in range(0, len(beginnings), 16):
             ids = pad(beginnings[start:start + 16], "left")
             parts.append(grpo.generate(policy, *ids, number, longest, 1.0, eos_ids, generator))
-        return torch.cat([ids for ids, _ in parts]), torch.cat([mask for _, mask in parts])
+        return torch.cat([ids for ids, _, _ in parts]), torch.cat([mask for _, mask, _ in parts])
 
     def scores_of(rows: list[dict], answers: list[list[int]]):
         return reward(rows, tokenizer.batch_decode(answers, skip_special_tokens=True))

@@ -98,8 +98,8 @@ def best_of_n(reward, gold) -> list[dict]:
     eos_ids, by_prompt = eos_token_ids(policy, tokenizer), []
     for start in range(0, len(held), 4):
         ids, mask = pad([row["prompt_ids"] for row in held[start:start + 4]], "left")
-        out, out_mask = grpo.generate(policy, ids, mask, SAMPLES, ONLINE["max_new_tokens"], 1.0, eos_ids,
-                                      torch.Generator().manual_seed(start))
+        out, out_mask, _ = grpo.generate(policy, ids, mask, SAMPLES, ONLINE["max_new_tokens"], 1.0,
+                                         eos_ids, torch.Generator().manual_seed(start))
         texts = tokenizer.batch_decode([t[m.bool()] for t, m in zip(out, out_mask)], skip_special_tokens=True)
         rows = [row for row in held[start:start + 4] for _ in range(SAMPLES)]
         by_prompt.append(torch.stack([reward(rows, texts), gold(rows, texts)], 1).view(-1, SAMPLES, 2))

@@ -397,7 +397,7 @@ def sampling(args: Args, model_name: str):
 
     def ours(sample: bool) -> list[list[int]]:
         generator = torch.Generator(args.device).manual_seed(0) if sample else None
-        out, out_mask = grpo.generate(model, ids, mask, args.group_size, args.max_new_tokens, 1.0, eos_ids, generator)
+        out, out_mask, _ = grpo.generate(model, ids, mask, args.group_size, args.max_new_tokens, 1.0, eos_ids, generator)
         return [row[m.bool()].tolist() for row, m in zip(out, out_mask)]
 
     def settings(sample: bool, **more) -> GenerationConfig:

@@ -83,7 +83,7 @@ def next_step(run: Run, script, models: dict, n_prompts: int):
     prompts = run.batch(load_prompts(args, tokenizer)[0], step, n_prompts)
     rollout = script.sample(policy, prompts, args.group_size, run, tokenizer, run.generator(step))
     scores = run.reward([row for row in prompts for _ in range(args.group_size)], rollout.texts)
-    rewards = scores - args.truncation_penalty * rollout.truncated
+    rewards = scores - args.truncation_penalty * rollout.overlong(args)
     in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)
     mask, batches = rollout.mask * in_loss[:, None], run.micro_batches(rollout.lengths)
     kl, greedy = torch.zeros(mask.shape, device=run.device), None
@@ -109,7 +109,7 @@ def next_step(run: Run, script, models: dict, n_prompts: int):
             rewards = rewards - args.beta * kl.sum(1)
         if args.baseline == "greedy":
             best = script.sample(policy, prompts, 1, run, tokenizer, generator=None)
-            greedy = run.reward(prompts, best.texts) - args.truncation_penalty * best.truncated
+            greedy = run.reward(prompts, best.texts) - args.truncation_penalty * best.overlong(args)
             greedy = greedy.nan_to_num(0.0).repeat_interleave(args.group_size)
         baselines = script.baseline(rewards, args.group_size, args.baseline, run.state["moving"], greedy)
         advantages = script.token_advantages(rewards, baselines, kl, mask, args.beta, args.kl_per_token, args.whiten)

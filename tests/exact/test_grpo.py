@@ -9,6 +9,7 @@ import torch
 from grpo import group_advantages, kl_loss, policy_loss, token_weights
 from helpers.exact import (BETA, CLIP, World, angle, distance, exact_gradient, flat_groups,
                            some_policy)
+from helpers.unit import refuses
 
 
 # --- the gradient
@@ -77,7 +78,93 @@ def test_which_kl_the_loss_descends(estimator):
     torch.testing.assert_close(expected, exact, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("G", [2, 3])
+def test_divided_by_the_mean_it_is_the_gradient_of_the_log_success_rate(G):
+    # MaxRL: for rewards of 0 or 1 the expected gradient is that of the success rate p, times
+    # (1 - (1 - p) ** (G - 1)) / p: a sum of G - 1 terms of the series of 1 / p
+    world = World(2)
+    world.rewards = (world.rewards > 0.7).double()
+    table = some_policy(world).requires_grad_()
+    logprobs = world.logprobs(table)
+    probs = logprobs.sum(1).exp()
+    success = (probs * world.rewards).sum()
+    assert 0.05 < success < 0.5
+    p = success.detach()
+    numbers = torch.cartesian_prod(*[torch.arange(len(probs))] * G)  # (groups, G)
+    A = group_advantages(world.rewards[numbers.view(-1)], G, "mean").view(-1, G)
+    new = logprobs[numbers]  # (groups, G, T)
+    loss = -(A * new.sum(2)).mean(1)
+    expected, exact = (torch.autograd.grad(x, table, retain_graph=True)[0] for x in (
+        (probs.detach()[numbers].prod(1) * loss).sum(), -success))
+    torch.testing.assert_close(expected, exact * (1 - (1 - p) ** (G - 1)) / p)
+
+
+def test_the_mean_of_rewards_below_0_is_refused():
+    refuses(lambda: group_advantages(torch.tensor([-1.0, 1.0]), 2, "mean"),
+            "--scale-rewards mean", "at least 0")
+    assert group_advantages(torch.zeros(4), 2, "mean").tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("loss_type", ["gmpo", "sapo"])
+def test_without_an_older_policy_gmpo_and_sapo_are_grpo(loss_type):
+    # in value (up to a constant, for sapo) and in gradient
+    world = World(3, end=True)
+    table, grads = some_policy(world).requires_grad_(), []
+    for kind in ("grpo", loss_type):
+        logprobs = world.logprobs(table)
+        loss, low, high = policy_loss(logprobs, logprobs.detach(), world.rewards, world.mask,
+                                      kind, *CLIP)
+        assert not low.any() and not high.any()
+        weights = token_weights(world.mask, kind, 3)
+        grads.append(torch.autograd.grad((loss * weights).sum(), table)[0])
+    torch.testing.assert_close(*grads)
+
+
+def test_gmpo_is_the_geometric_mean_of_clipped_ratios():
+    # by hand: A > 0 bounds the ratios from above only, A < 0 from below only
+    ratios = torch.tensor([[0.5, 1.0, 3.0], [0.5, 1.0, 3.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    advantages = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    loss, low, high = policy_loss(ratios.log(), torch.zeros(2, 3), advantages, mask, "gmpo",
+                                  0.2, 0.5)
+    first, second = (0.5 * 1.0 * 1.5) ** (1 / 3), (0.8 * 1.0) ** (1 / 2)
+    torch.testing.assert_close(loss[:, 0], torch.tensor([-2 * first, second]).double())
+    assert (low * mask).tolist() == [[0, 0, 0], [1, 0, 0]] and high[0].tolist() == [0, 0, 1]
+
+
+def test_sapo_weighs_a_token_less_the_farther_its_ratio_is_from_1():
+    # d loss / d logprob = -A * ratio * sech^2(tau (ratio - 1) / 2), its paper's weight
+    logprobs = torch.tensor([[-0.5, 0.0, 1.0]] * 2, dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    loss, *_ = policy_loss(logprobs, torch.zeros(2, 3).double(), advantages, torch.ones(2, 3),
+                           "sapo", *CLIP)
+    found, = torch.autograd.grad(loss.sum(), logprobs)
+    ratio, tau = logprobs.detach().exp(), torch.tensor([[1.0], [1.05]]).double()
+    weight = 1 / (tau * (ratio - 1) / 2).cosh().square()
+    torch.testing.assert_close(found, -advantages[:, None] * ratio * weight)
+
+
 # --- where training converges
+
+def test_a_renewed_reference_goes_on_from_where_it_was():
+    # each time it is renewed, the optimum is that policy times exp(r / beta) once more
+    world = World(2)
+    for n in (1, 2):
+        p = train(world, "reward", "", "none", GROUPS_OF_2)
+        optimum = (World(2).ref_logprobs.sum(1) + n * world.rewards / BETA).softmax(0)
+        assert distance(p, optimum) < 0.02
+        world.ref_logprobs, table = conditionals(world, p), world.ref
+        assert torch.allclose(world.ref_logprobs.sum(1).exp(), p, atol=1e-6)
+
+
+def conditionals(world, p):
+    """Log-probs (Y, T) of each token given those before it, of a policy (Y,)."""
+    rows = torch.stack([(world.row == i).double().mul(p[:, None]).sum() for i in range(
+        int(world.row.max()) + 1)])  # how likely each beginning is
+    tokens = torch.stack([((world.row == world.row[i, t]) & (world.ids == world.ids[i, t]))
+                          .double().mul(p[:, None]).sum()
+                          for i in range(len(p)) for t in range(world.ids.shape[1])])
+    return (tokens.view_as(world.mask) / rows[world.row]).log()
 
 def advantages_in_large_groups(rewards, p, scale: str):
     """The limit of large groups: the mean and the std are those of the policy."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ppo
-from common import kl_estimate, masked_mean, masked_whiten
-from helpers.exact import (BETA, CLIP, angle, exact_gradient, exact_values, groups, some_policy,
+from common import importance_weights, kl_estimate, masked_mean, masked_whiten
+from helpers.exact import (BETA, CLIP, World, angle, exact_gradient, exact_values, groups, some_policy,
                            sum_by_row, whitened, world_of_lengths)
 
 
@@ -129,3 +129,60 @@ def test_large_rollouts_are_the_limit_of_masked_whiten():
     copies = masked_whiten(*(x.repeat_interleave(counts, 0) for x in (A, mask)))
     expected = whitened(A, counts, mask).repeat_interleave(counts, 0)
     torch.testing.assert_close(copies, expected, rtol=1e-12, atol=1e-12)
+
+
+# --- what the critic learns, and the entropy bonus
+
+def test_at_lambda_1_a_wrong_critic_learns_the_exact_values(world):
+    # --critic-gae-lambda 1 (VC-PPO): the mean return after each beginning is its exact value,
+    # whatever the critic said; below 1 the critic's own errors are in what it learns
+    old = world.logprobs(some_policy(world))
+    p = old.sum(1).exp()[:, None] * world.mask
+    wrong, exact = wrong_critic(world, old), exact_critic(world, old)
+    bias = {}
+    for lam in (1.0, 0.95, 0.5):
+        _, returns = ppo.gae(token_rewards(world, old), wrong, world.mask, 1.0, lam)
+        bias[lam] = sum_by_row(world, p * (returns - exact)).abs().max().item()
+    assert bias[1.0] < 1e-12 < 1e-3 < bias[0.95] < bias[0.5]
+
+
+def test_where_the_entropy_bonus_leads():
+    # with completions of one token the optimum of E[r] - beta * KL + c * entropy is known:
+    # (pi_ref ** beta * exp(r)) ** (1 / (beta + c)), normalized
+    world, c = World(1), 0.3
+    table = world.ref.clone().requires_grad_()
+    optimizer = torch.optim.Adam([table], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for _ in range(1000):
+        logprobs = world.logprobs(table)
+        A = token_rewards(world, logprobs.detach())
+        entropy = -(table.log_softmax(-1).exp() * table.log_softmax(-1)).sum(-1)[world.row]
+        loss, _, _ = ppo.policy_loss(logprobs, logprobs.detach(), A, *CLIP)
+        loss = loss - c * entropy
+        optimizer.zero_grad()
+        (logprobs.detach().exp() * loss).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    optimum = ((BETA * world.ref_logprobs[:, 0] + world.rewards) / (BETA + c)).softmax(0)
+    torch.testing.assert_close(world.probs(table.detach()), optimum, rtol=0, atol=1e-3)
+
+
+# --- a sampler that is not quite the policy
+
+def test_importance_weights_turn_the_samplers_gradient_into_the_policys():
+    # exactly, where a completion is one token; a cap, and tokens after another prefix, leave a part
+    world = World(1)
+    table, sampler = some_policy(world), some_policy(world) + torch.randn_like(world.ref)
+    old, drawn = world.logprobs(table), world.logprobs(sampler)
+    exact = -exact_gradient(world, table)
+    A, degrees = advantages_of(world, old), {}
+    for cap in (1e9, 1.5, None):
+        new = table.clone().requires_grad_()
+        loss, _, _ = ppo.policy_loss(world.logprobs(new), old, A, *CLIP)
+        if cap:
+            loss = loss * importance_weights(old, drawn, cap)
+        gradient, = torch.autograd.grad((drawn.exp() * loss).sum(), new)
+        degrees[cap] = angle(gradient, exact)
+        if cap == 1e9:
+            torch.testing.assert_close(gradient, exact)
+    assert degrees[1e9] < 1e-3 < degrees[1.5] < degrees[None]

@@ -157,7 +157,8 @@ def run_on(script, tmp_path, rollout: Rollout, patches=(), **args) -> list[Updat
                        for c in rollout.completions[numbers[tuple(ids[m.bool()].tolist())]]]
         ids, mask = pad(completions, "right")
         missing = (0, max_new_tokens - ids.shape[1])
-        return torch.nn.functional.pad(ids, missing), torch.nn.functional.pad(mask, missing)
+        ids, mask = (torch.nn.functional.pad(x, missing) for x in (ids, mask))
+        return ids, mask, torch.zeros(ids.shape)  # it does not know the log-probs
 
     def reward(rows, texts):
         values = [rollout.rewards[row["number"]][i % size] for i, row in enumerate(rows)]

@@ -85,7 +85,8 @@ def test_truncated_completions_are_penalized(tmp_path, monkeypatch):
 def test_with_a_critic_of_zeros_the_advantage_is_the_reward_to_go(tmp_path, monkeypatch):
     """At gamma = lambda = 1: the score minus beta times the KL still to come."""
     calls = spy(monkeypatch, ppo, "gae")
-    log = run("ppo", tmp_path / "run", critic="tiny/policy", gae_lambda=1.0, minibatches=1, whiten=False, **WHOLE)
+    log = run("ppo", tmp_path / "run", critic="tiny/policy", gae_lambda=1.0, critic_gae_lambda=1.0,
+              minibatches=1, whiten=False, **WHOLE)
     (rewards, values, mask, *_), (advantages, returns) = calls[0]
     tokens = mask.sum()
     assert values.abs().sum() == 0

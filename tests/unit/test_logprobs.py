@@ -392,3 +392,11 @@ def test_a_compiled_function_gives_the_same(model):
             expected = expected or found
             for a, b in zip(found, expected):
                 assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_prompts_are_shared_where_that_takes_fewer_tokens():
+    """Padding included: a group of 16 with a short prompt, pairs with a long one; not pairs of all lengths in one
+    batch, nor rows with a prompt of their own. Two passes must save more on a GPU."""
+    assert modeling.sharing_pays(4, 20, 64, 40, 60, False) and modeling.sharing_pays(8, 100, 16, 20, 118, False)
+    assert not modeling.sharing_pays(8, 38, 16, 35, 45, False) and not modeling.sharing_pays(64, 20, 64, 40, 60, False)
+    assert not modeling.sharing_pays(4, 20, 64, 40, 60, True) and modeling.sharing_pays(4, 60, 64, 40, 100, True)

@@ -268,7 +268,7 @@ def test_the_critic_has_no_dropout(tmp_path, kind):
     (dict(critic="tiny/biased_reward_model"), "tiny/biased_reward_model")], ids=str)
 def test_what_the_critic_starts_from(capsys, flags, expected):
     args = ppo.Args(**flags)
-    reward = common.load_reward(args.reward, "cpu")
+    reward = common.load_reward(args.reward[0], "cpu")
     critic = ppo.load_critic(args, reward, common.load_tokenizer(args.model), "cpu")
     assert f"the critic starts from {expected}\n" in capsys.readouterr().out
     source = modeling.load_config(expected)

@@ -94,7 +94,7 @@ def test_a_pad_token_that_is_the_end_of_sequence_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, qwen2])
-def test_rows_of_one_prompt_share_its_forward_pass(make, tmp_path):
+def test_rows_of_one_prompt_share_its_forward_pass(make, tmp_path, monkeypatch):
     """Scores and gradients are those of each row alone, in float64; one row may be the beginning of another."""
     make().save_pretrained(tmp_path)
     tokenizer = word_tokenizer([f"w{i}" for i in range(38)] + ["<unk>", "<end>"], eos_token="<end>", pad_token="<unk>")
@@ -103,6 +103,7 @@ def test_rows_of_one_prompt_share_its_forward_pass(make, tmp_path):
     weights = torch.tensor([1.0, 2.0, -3.0, 0.5, 1.5, -1.0])
     found = []
     for prompts in ((), ["a", "a", "b", "a", "c", "b"]):
+        monkeypatch.setattr(modeling, "sharing_pays", lambda *sizes: len(prompts) > 0)
         model.zero_grad()
         seen = []
         hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.append(

@@ -30,7 +30,7 @@ def test_generate_stops_at_each_end(script, policy, tokenizer):
     """Rows of a group differ, and the mask ends with the first end of sequence."""
     prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
     end = tokenizer.eos_token_id
-    ids, mask = SCRIPTS[script].generate(policy, *common.pad(prompts, "left", pad_id=tokenizer.pad_token_id), 200, 20,
+    ids, mask, _ = SCRIPTS[script].generate(policy, *common.pad(prompts, "left", pad_id=tokenizer.pad_token_id), 200, 20,
                                          1.3, torch.tensor([end]), torch.Generator().manual_seed(0))
     assert ids.shape == mask.shape == (400, 20) and len(set(map(tuple, ids.tolist()))) > 100
     for row, row_mask in zip(ids, mask):
@@ -65,7 +65,7 @@ def test_generate_samples_what_the_forward_pass_says(policy, tokenizer):
     """The frequency of each first token is its probability in a plain forward pass of the prompt (no other token's, no
     shared draw)."""
     prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
-    ids, mask = grpo.generate(policy, *common.pad(prompts, "left"), 3000, 5, 1.3,
+    ids, mask, _ = grpo.generate(policy, *common.pad(prompts, "left"), 3000, 5, 1.3,
                               torch.tensor([tokenizer.eos_token_id]), torch.Generator().manual_seed(0))
     assert len(set(map(tuple, ids.tolist()))) > 300
     for i, prompt in enumerate(prompts):
@@ -92,7 +92,7 @@ def test_each_decoding_step_agrees_with_the_forward_pass(make, monkeypatch):
     monkeypatch.setattr(grpo, "draw", spy)
     prompt_ids, prompt_mask = common.pad([[5, 6, 7], [9], [10, 11, 12, 13, 14]], "left")
     eos_ids = torch.tensor([EOS, 7, 8, 9])
-    ids, mask = grpo.generate(model, prompt_ids, prompt_mask, 4, 16, 0.7, eos_ids, torch.Generator().manual_seed(1))
+    ids, mask, _ = grpo.generate(model, prompt_ids, prompt_mask, 4, 16, 0.7, eos_ids, torch.Generator().manual_seed(1))
     repeated = prompt_ids.repeat_interleave(4, 0), prompt_mask.repeat_interleave(4, 0)
     logprobs, _ = common.completion_logprobs(model, *repeated, ids, mask, 0.7)
     for t, (probs, token) in enumerate(steps):
@@ -106,7 +106,7 @@ def test_each_decoding_step_agrees_with_the_forward_pass(make, monkeypatch):
 def test_without_a_generator_it_takes_the_likeliest_token(script, policy, tokenizer):
     """Each token is the argmax of a plain forward pass."""
     prompts = encoded(tokenizer, "what is the capital of france ?", "how do i make tea ?")
-    ids, mask = SCRIPTS[script].generate(policy, *common.pad(prompts, "left"), 1, 8, 0.7,
+    ids, mask, _ = SCRIPTS[script].generate(policy, *common.pad(prompts, "left"), 1, 8, 0.7,
                                          torch.tensor([tokenizer.eos_token_id]))
     for prompt, row, row_mask in zip(prompts, ids.tolist(), mask.tolist()):
         for t in range(sum(row_mask)):

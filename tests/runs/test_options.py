@@ -1,0 +1,201 @@
+"""Whole runs with several rewards, resampled groups, a renewed reference, and a corrected sampler."""
+import json
+import os
+
+import pytest
+import torch
+
+import common
+import grpo
+import runtime
+from helpers.runs import (ON_POLICY, ROOT, SCRIPTS, TORCHRUN, command, evaluations_of, fails, last_checkpoint, process,
+                          read, rows_of_data, run, same_tensors, small_flags, steps_of, tensors, without_times)
+
+REWARDS = """
+def right(prompts, completions, answer, **columns):
+    return [float(len(c[0]["content"]) % 3 == 0) for c in completions]
+
+def short(prompts, completions, **columns):
+    return [None if i == 0 else -len(c[0]["content"]) / 10 for i, c in enumerate(completions)]
+
+def same(prompts, completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    return f"{tmp_path}/rewards.py"
+
+
+# --- several rewards
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_several_rewards_are_logged_by_name(name, tmp_path, file):
+    """In training and in evaluation, and summed by their weights; the run goes on with them."""
+    log = run(name, tmp_path / "run", reward=(f"{file}:right", f"{file}:short", "tiny/reward_model"),
+              reward_weights=(2.0, 1.0, 0.5))
+    for row in log:
+        prefix = "" if "loss" in row else "eval_"
+        parts = [row[f"{prefix}reward/{part}"] for part in ("right", "short", "reward_model")]
+        rows = 12 if prefix == "" else 4
+        expected = 2 * parts[0] + parts[1] * (rows - 1) / rows + 0.5 * parts[2]  # one completion has no second
+        assert row[f"{prefix}reward"] == pytest.approx(expected, abs=1e-3)
+    saved = json.loads((tmp_path / "run/args.json").read_text())
+    assert saved["reward"] == [f"{file}:right", f"{file}:short", "tiny/reward_model"]
+    command(name, resume=tmp_path / "run", steps=3)
+    assert [row["step"] for row in steps_of(read(tmp_path / "run/metrics.jsonl"))] == [1, 2, 3]
+
+
+def test_one_reward_may_be_given_as_before(tmp_path):
+    assert grpo.Args(reward="tiny/reward_model").reward == ("tiny/reward_model",)
+    assert grpo.Args(reward=len).reward == (len,) and grpo.Args(reward=[len, "a"]).reward == (len, "a")
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_normalized_rewards_are_logged_as_they_were(name, tmp_path, file):
+    rows = steps_of(run(name, tmp_path / "run", reward=(f"{file}:right", f"{file}:short"), normalize_rewards=True))
+    assert all(0 <= row["reward/right"] <= 1 and row["reward"] < 0.5 for row in rows)
+    assert any(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(reward_weights="1"), "--reward-weights: 1 of them for 2 rewards"),
+    (dict(normalize_rewards=True, group_size=1), "--normalize-rewards: needs a --group-size"),
+    (dict(overlong_window=4), "--overlong-window: needs a --truncation-penalty"),
+    (dict(overlong_window=40, truncation_penalty=1, max_new_tokens=12), "--overlong-window"),
+    (dict(renew_reference_every=2, beta=0), "--renew-reference-every: --beta 0 has no reference"),
+    (dict(renew_reference_every=2, lora_rank=2), "--renew-reference-every: not with --lora-rank")])
+def test_flags_that_do_not_fit(flags, words, capsys, file, tmp_path):
+    assert words in fails(capsys, "reinforce", "--reward", f"{file}:right", f"{file}:short", "--baseline", "none",
+                          run_dir=tmp_path / "run", **flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_greedy_and_normalized_do_not_fit(capsys, tmp_path):
+    assert "--normalize-rewards" in fails(capsys, "reinforce", normalize_rewards=True, baseline="greedy",
+                                          run_dir=tmp_path / "run")
+
+
+# --- dynamic sampling
+
+def test_flat_groups_are_replaced(tmp_path, file, monkeypatch):
+    """Up to --max-resamples times, with rows of the data; those that stay flat stay; the statistics are of what stays;
+    what was drawn in vain is counted. Resumed, it ends the same."""
+    calls, sample = [], grpo.sample
+
+    def spy(model, rows, *rest):
+        calls.append([row["prompt"] for row in rows])
+        return sample(model, rows, *rest)
+    monkeypatch.setattr(grpo, "sample", spy)
+    flags = dict(reward=f"{file}:right", max_resamples=3, steps=3, prompts_per_step=6, group_size=2, eval_prompts=0,
+                 save_every=1)
+    log = steps_of(run("grpo", tmp_path / "run", **flags))
+    vain = sum(row["groups_in_vain"] for row in log)
+    assert vain == sum(map(len, calls)) - 3 * 6 > 3
+    assert all(len(calls[i]) == 6 for i in (0,)) and len(calls) > 4
+    data = [json.loads(line)["prompt"] for line in open(rows_of_data("grpo", tmp_path))]
+    assert all(prompt in data for prompts in calls for prompt in prompts)
+    without = steps_of(run("grpo", tmp_path / "without", **flags | dict(max_resamples=0)))
+    assert sum(row["zero_std_groups"] for row in log) < sum(row["zero_std_groups"] for row in without)
+    assert all(row["groups_in_vain"] == 0 for row in without)
+    run("grpo", tmp_path / "cut", **flags | dict(steps=2, lr_schedule="constant_with_warmup"))
+    run("grpo", tmp_path / "whole", **flags | dict(lr_schedule="constant_with_warmup"))
+    command("grpo", resume=tmp_path / "cut", steps=3)
+    assert same_tensors(last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole"))
+
+
+def test_if_all_groups_stay_flat_nothing_is_learned_and_one_line_says_so(tmp_path, file, capsys):
+    log = steps_of(run("grpo", tmp_path / "run", reward=f"{file}:same", beta=0.0, steps=7, max_resamples=1,
+                       eval_prompts=0))
+    assert all(row["groups_in_vain"] == 3 and row["zero_std_groups"] == 1 and row["grad_norm"] == 0 for row in log)
+    out = capsys.readouterr().out
+    assert out.count("warning: zero_std_groups was 1 in five steps on end") == 1
+    assert out.index("warning") > out.index("step    4") and "--group-size" in out
+
+
+def test_cut_completions_are_said_in_one_line(tmp_path, capsys):
+    run("reinforce", tmp_path / "run", steps=6, max_new_tokens=1, eval_prompts=0)
+    assert capsys.readouterr().out.count("warning: truncated was 1 in five steps on end") == 1
+
+
+TWO = ("--prompts-per-step 6 --group-size 2 --max-new-tokens 12 --eval-prompts 0 --log-every 1 --device cpu --steps 3 "
+       "--max-resamples 2").split()
+
+
+def test_two_processes_resample_together(tmp_path, file):
+    """One of them may have no flat group: it draws one as well, and both make the same number of attempts."""
+    process(*TORCHRUN, "grpo.py", *TWO, "--reward", f"{file}:right", "--run-dir", tmp_path / "run", cwd=ROOT)
+    log = steps_of(read(tmp_path / "run/metrics.jsonl"))
+    assert len(log) == 3 and sum(row["groups_in_vain"] for row in log) > 0
+    flat = [round(row["zero_std_groups"] * 6, 6) for row in log]
+    assert all(n == int(n) for n in flat)  # of 6 groups, whole ones
+
+
+# --- the reference
+
+@pytest.mark.parametrize("name", ON_POLICY)
+@pytest.mark.parametrize("mix", [1.0, 0.25])
+def test_the_reference_moves_to_the_policy(name, mix, tmp_path, monkeypatch):
+    """All the way, or a part of it; the run is resumed with the reference that it had."""
+    seen, renew = {}, runtime.Run.renew_reference
+
+    def spy(self, step, policy, reference):
+        before = [p.clone() for p in reference.parameters()]
+        renew(self, step, policy, reference)
+        seen[step] = before, [p.clone() for p in policy.parameters()], [p.clone() for p in reference.parameters()]
+    monkeypatch.setattr(runtime.Run, "renew_reference", spy)
+    flags = dict(steps=5, renew_reference_every=2, reference_mix=mix, save_every=3, eval_every=1,
+                 lr_schedule="constant_with_warmup")
+    log = run(name, tmp_path / "whole", **flags)
+    for step, (before, policy, after) in seen.items():
+        for old, now, new in zip(before, policy, after):
+            torch.testing.assert_close(new, old + mix * (now - old) if step % 2 == 0 else old)
+    if mix == 1:
+        by_step = {row["step"]: row for row in steps_of(log)}
+        assert by_step[3]["kl"] == pytest.approx(0, abs=1e-4) and abs(by_step[2]["kl"]) > 1e-4
+    run(name, tmp_path / "cut", **flags | dict(steps=3))
+    command(name, resume=tmp_path / "cut", steps=5)
+    assert same_tensors(last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole"))
+    logs = [without_times(read(tmp_path / folder / "metrics.jsonl")) for folder in ("cut", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_a_reference_of_another_shape_is_not_renewed(capsys, tmp_path):
+    assert "--renew-reference-every" in fails(capsys, "grpo", reference="tiny/policy", renew_reference_every=1,
+                                              run_dir=tmp_path / "run", max_kl=0, beta=0, lora_rank=2)
+
+
+# --- the sampler
+
+@pytest.mark.parametrize("name", ON_POLICY)
+def test_with_an_exact_sampler_the_importance_weights_change_nothing(name, tmp_path):
+    """They are 1 up to rounding, and cost no pass."""
+    plain, capped = (run(name, tmp_path / f"cap-{cap:g}", importance_cap=cap) for cap in (0.0, 2.0))
+    for a, b in zip(steps_of(plain), steps_of(capped), strict=True):
+        assert a["sampler_gap"] < 1e-5 and a["sampler_gap_max"] < 1e-3
+        for key in ("loss", "grad_norm", "reward", "kl"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5)
+    weights = [tensors(last_checkpoint(tmp_path / folder)) for folder in ("cap-0", "cap-2")]
+    assert all(torch.allclose(weights[0][k], weights[1][k], atol=1e-4) for k in weights[0])
+
+
+def test_with_one_update_the_importance_weights_need_no_second_pass(tmp_path, monkeypatch):
+    calls, logprobs = [], grpo.completion_logprobs
+    monkeypatch.setattr(grpo, "completion_logprobs", lambda *a, **k: calls.append(1) or logprobs(*a, **k))
+    passes, rollout_logprobs = [], grpo.rollout_logprobs
+    monkeypatch.setattr(grpo, "rollout_logprobs",
+                        lambda model, rollout, batches, *rest: passes.append(len(batches)) or rollout_logprobs(
+                            model, rollout, batches, *rest))
+    run("grpo", tmp_path / "run", steps=1, beta=0.0, importance_cap=2.0, eval_prompts=0)
+    assert passes == [0] and len(calls) == 1
+
+
+def test_a_wrong_samplers_tokens_are_weighted(tmp_path, monkeypatch):
+    """The loss of each token is times min(pi_old / pi_sampler, cap): here 0.5 everywhere."""
+    half = common.importance_weights
+    monkeypatch.setattr(common, "importance_weights", lambda old, sampler, cap: half(old, sampler, cap) * 0.5)
+    losses = [steps_of(run("grpo", tmp_path / f"{cap:g}", steps=1, importance_cap=cap, eval_prompts=0,
+                           loss_type="cispo", beta=0.0, clip_low=1.0))[0]["loss"] for cap in (0.0, 2.0)]
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-3) and losses[0] != 0
