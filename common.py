@@ -741,13 +741,15 @@ def score_ids(model, rows: list[list[int]], prompts=()) -> torch.Tensor:
         shared = {}  # prompt: the tokens that its rows begin with
         for row, prompt in zip(rows, prompts):
             shared[prompt] = os.path.commonprefix([row, shared.get(prompt, row)])
+        if not all(shared.values()):  # no token in common
+            return score_ids(model, rows)
         prompt_ids, prompt_mask = pad([shared[prompt] for prompt in prompts], "left",
                                       model.device)
         # and a token that is not read: the outputs are those before each token
         completion_ids, mask = pad([row[len(shared[prompt]):] + [0] for row, prompt in
                                     zip(rows, prompts)], "right", model.device)
         hidden = completion_outputs(body, prompt_ids, prompt_mask, completion_ids, mask,
-                                    share=all(shared.values()))  # (B, T, D)
+                                    share=True)  # (B, T, D)
         last = hidden[torch.arange(len(rows), device=model.device), mask.sum(1) - 1]  # (B, D)
         return model.score(last)[:, 0].float() + getattr(model.config, "reward_bias", 0.0)
     last = {row[-1] for row in rows}

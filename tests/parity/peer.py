@@ -178,23 +178,25 @@ def score(prompts, completions, score, **columns):
     return score
 
 
-def trainer_of(name: str, tmp_path, **args):
+def trainer_of(name: str, tmp_path, rewards=score, **args):
     """TRL's GRPO or RLOO trainer of the tiny policy."""
     config, trainer = getattr(trl, name + "Config"), getattr(trl, name + "Trainer")
     args = THEIRS | dict(output_dir=str(tmp_path / "trl"), num_generations=GROUP,
                          max_completion_length=LENGTH,
                          per_device_train_batch_size=PROMPTS * GROUP) | args
-    peer = trainer(model=policy(), args=config(**args), reward_funcs=score,
+    peer = trainer(model=policy(), args=config(**args), reward_funcs=rewards,
                    train_dataset=Dataset.from_list(prompts()), processing_class=tokenizer())
     if peer.ref_model is not None:
         reference(peer.ref_model.double())
     return peer
 
 
-def sampled(trainer, rewards) -> tuple[Rollout, dict]:
-    """A rollout that TRL's GRPO or RLOO trainer samples and scores, and its own batch of that."""
+def sampled(trainer, rewards, **columns) -> tuple[Rollout, dict]:
+    """A rollout that TRL's GRPO or RLOO trainer samples and scores, and its own batch of that.
+    Columns, like rewards, have a value for each completion of each prompt."""
     torch.manual_seed(0)
-    rows = [row | {"score": r} for row, group in zip(prompts(), rewards) for r in group]
+    rows = [row | {name: groups[i][j] for name, groups in (columns | {"score": rewards}).items()}
+            for i, row in enumerate(prompts()) for j in range(len(rewards[i]))]
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     inputs = trainer._generate_and_score_completions(rows)

@@ -59,6 +59,8 @@ LOSSES = {
     "sigmoid": ({}, dict(loss_type=["sigmoid"])),
     "hinge": (dict(loss_type="hinge"), dict(loss_type=["hinge"])),
     "ipo, means": (dict(loss_type="ipo", length_normalize=True), dict(loss_type=["ipo"])),
+    "apo_zero": (dict(loss_type="apo_zero"), dict(loss_type=["apo_zero"])),
+    "apo_down": (dict(loss_type="apo_down"), dict(loss_type=["apo_down"])),
     "sigmoid, means": (dict(length_normalize=True), dict(loss_type=["sigmoid_norm"])),
     "robust": (dict(robust=True, label_smoothing=E),
                dict(loss_type=["robust"], label_smoothing=E)),

@@ -1,12 +1,15 @@
 """grpo.py against TRL's GRPOTrainer: advantages, and the loss and gradients of three updates on
 one rollout, the first at ratio 1, the others with other ratios, clipped on both sides."""
+import math
+
 import pytest
 
-pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
+trl = pytest.importorskip("trl", reason="parity with TRL: pip install 'plain-rlhf[parity]'")
 import torch
 from parity.peer import (GROUP, IN_ORDER, LENGTH, PROMPTS, UNDIVIDED, agree, error, normal, run_on,
-                         same, sampled, theirs, trainer_of)
+                         same, sampled, score, theirs, trainer_of)
 
+import common
 import grpo
 
 # our loss type -> TRL's arguments
@@ -17,7 +20,8 @@ LOSSES = {
     # TRL's epsilon_high for cispo is the bound itself, and it has no lower bound; ours are as in
     # MiniMax-M1, eq. 5: clip(ratio, 1 - low, 1 + high)
     "cispo": dict(loss_type="cispo", epsilon_high=1.3),
-    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence")}
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence"),
+    "sapo": dict(loss_type="sapo")}
 B = PROMPTS * GROUP
 
 
@@ -50,10 +54,42 @@ def test_loss_and_gradients(tmp_path, loss_type, beta):
     for update in updates:
         agree(f"grpo.py {loss_type}, beta {beta}", update,
               *theirs(peer, update.weights, inputs))
-    clipped = ["clip_ratio/low_mean", "clip_ratio/high_mean"]
-    for side in ["cispo_clip_ratio"] if loss_type == "cispo" else clipped:
+    clipped = {"cispo": ["cispo_clip_ratio"], "sapo": []}.get(
+        loss_type, ["clip_ratio/low_mean", "clip_ratio/high_mean"])
+    for side in clipped:
         values = peer._metrics["train"][side]
         assert values[0] == 0 < values[-1] < 1, side
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_gmpo(tmp_path, beta, monkeypatch):
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+    monkeypatch.setattr(trl, "GRPOConfig", GMPOConfig)
+    monkeypatch.setattr(trl, "GRPOTrainer", GMPOTrainer)
+    peer = trainer(tmp_path, beta=beta)
+    rollout, inputs = sampled(peer, normal(1))
+    # TRL's bounds are those of the log of the ratio
+    updates = ours(tmp_path, rollout, "gmpo", beta=beta, clip_low=1 - math.exp(-0.1),
+                   clip_high=math.exp(0.3) - 1, patches=[UNDIVIDED])
+    assert len(updates) == 3
+    for update in updates:
+        agree(f"grpo.py gmpo, beta {beta}", update, *theirs(peer, update.weights, inputs))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_importance_weights(tmp_path, loss_type):
+    # TRL has them for samples of vLLM. It does not weight the KL's term, ours does: see the test
+    # in tests/exact/test_ppo.py, so that samples of another policy give the exact gradient
+    peer = trainer(tmp_path, loss_type)
+    rollout, inputs = sampled(peer, normal(1))
+    weights = torch.rand(inputs["completion_ids"].shape) + 0.5
+    peer.use_vllm = peer.vllm_importance_sampling_correction = True
+    inputs["importance_sampling_ratio"] = weights
+    given = common, "importance_weights", lambda old, sampler, cap: weights[:, :old.shape[1]]
+    for update in ours(tmp_path, rollout, loss_type, importance_cap=2.0,
+                       patches=[UNDIVIDED, IN_ORDER, given]):
+        agree(f"grpo.py {loss_type}, importance weights", update,
+              *theirs(peer, update.weights, inputs))
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
@@ -87,6 +123,28 @@ def test_advantages(tmp_path, scale):
     rewards = torch.tensor([float("nan") if r is None else r for g in REWARDS for r in g])
     same(f"grpo.py advantages, scale_rewards {scale}",
          grpo.group_advantages(rewards, GROUP, scale), inputs["advantages"])
+
+
+def test_advantages_of_several_rewards(tmp_path):
+    # GDPO: TRL's normalize_then_sum; without, the weighted sum
+    second = [[5.0, None, -1.0, 2.0], [0.0, 1.0, 1.0, 3.0], [0.2] * 4, [1.0, None, 2.0, 4.0]]
+
+    def other(prompts, completions, other, **columns):
+        return other
+    flat = [[float("nan") if r is None else r for g in rewards for r in g]
+            for rewards in (REWARDS, second)]
+    rows = [row for row in range(PROMPTS) for _ in range(GROUP)]
+    for how, scale in (("sum_then_normalize", "group"), ("normalize_then_sum", "batch")):
+        peer = trainer(tmp_path, reward_weights=[1.0, 0.3], multi_objective_aggregation=how,
+                       rewards=[score, other])
+        _, inputs = sampled(peer, REWARDS, other=second)
+        named = [dict(number=i) for i in range(PROMPTS)]
+        reward = common.combine_rewards(
+            {name: lambda rows, texts, x=x: torch.tensor(x) for name, x in zip("ab", flat)},
+            (1.0, 0.3), normalize=how == "normalize_then_sum")
+        scores = reward([named[i] for i in rows], [""] * B)
+        same(f"grpo.py, several rewards, {how}", grpo.group_advantages(scores, GROUP, scale),
+             inputs["advantages"])
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
