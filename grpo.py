@@ -13,8 +13,7 @@ a completion is how much better it scored than its group, so no critic is needed
 
 Differences from the paper:
 
-1. The reference is the initial policy (or --reference), unless
-   --renew-reference-every renews it (the paper's algorithm 1, line 2).
+1. The reference stays the initial policy (or --reference) without --renew-reference-every.
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
@@ -24,9 +23,7 @@ Its relatives, as in their papers:
                 --truncation-penalty 1 --overlong-window 4096
     Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
     GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --beta 0
-    CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0
-                (the paper does not give its clip: tune it)
-    GMPO        --loss-type gmpo --clip-low 0.33 --clip-high 0.49 --beta 0
+    CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0 (tune its clip)
     GDPO        --normalize-rewards --scale-rewards batch (with several rewards)
 
 Clipping matters only with several updates per rollout, such as --minibatches 4. With
@@ -96,9 +93,9 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo"] = "grpo"
     """see policy_loss and token_weights"""
     clip_low: NonNegFloat = 0.2
-    """the ratio is clipped at 1 - clip_low (gspo: 3e-4; cispo: 1)"""
+    """the ratio is clipped at 1 - clip_low (gspo: 3e-4; gmpo: 0.33; cispo: 1)"""
     clip_high: NonNegFloat = 0.2
-    """the ratio is clipped at 1 + clip_high (dapo: 0.28; gspo: 4e-4; cispo: 1 to 5)"""
+    """the ratio is clipped at 1 + clip_high (dapo: 0.28; gspo: 4e-4; gmpo: 0.49; cispo: 4)"""
     kl_in_reward: bool = False
     """subtract beta * KL of a completion from its reward instead of adding it to the loss"""
     kl_estimator: Literal["k3", "k3_ratio", "k2"] = "k3"

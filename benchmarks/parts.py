@@ -2,6 +2,8 @@
 
     python benchmarks/parts.py                                    # the tiny world: below a minute
     python benchmarks/parts.py --model MODEL --dtype bfloat16     # a model of your own
+    python benchmarks/parts.py --profile grpo                     # a default training step
+    python benchmarks/parts.py --profile grpo --model MODEL       # 8 x 8 completions of 14 tokens
 
   draw      one random number per row (common.draw) against torch.multinomial, for a batch of completions
   share     a forward pass, and one with backward pass, that reads each prompt once per group, against one that reads
@@ -14,6 +16,7 @@ Printed are minima over --rounds of CPU time on --threads threads, in millisecon
 import contextlib
 import importlib
 import io
+import json
 import sys
 import tempfile
 import time
@@ -130,6 +133,9 @@ def profile(args: Args):
         flags |= {"eval_pairs": 8} | ({"eval_prompts": 0} if args.profile == "dpo" else {"bias_prompts": 0})
     else:
         flags |= {"eval_prompts": 0, "steps": 2 + args.steps}
+    if args.model != Args.model:  # 8 x 8 completions of 14 tokens, rewarded by their length
+        flags |= {"model": args.model, "lr": 1e-6, "dtype": args.dtype, "reward": f"{ROOT}/benchmarks/speed.py:length",
+                  "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 14}
     begun, log = [], runtime.Run.log
 
     def between_steps(run, step, metrics, prefix=""):
@@ -144,10 +150,16 @@ def profile(args: Args):
     runtime.Run.log = between_steps
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         script.main(script.Args(**flags, run_dir=f"{folder}/run"))
+        lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
+        lines = [line for line in lines if '"loss"' in line]
     runtime.Run.log = log
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     products = sum(event.self_cpu_time_total for event in events if event.key in PRODUCTS)
+    rows = [json.loads(line) for line in lines][2:]
+    parts = [f"{name.removeprefix('seconds_')} {sum(row[name] for row in rows) / len(rows):.3f}"
+             for name in rows[0] if name.startswith("seconds_")]
+    print(f"{args.profile}: seconds of a step by part: {', '.join(parts)}")
     print(f"{args.profile}: {(begun[1] - begun[0]) / args.steps:.3f} CPU seconds per step under the profiler, "
           f"{sum(event.count for event in events) // args.steps} operations, {products / total:.0%} of the time in "
           "matrix products")

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import pytest
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # its PPO and CPO are experimental
-REASON = "needs TRL 1.12, the last with PPO: pip install 'plain-rlhf[parity]'"
-trl = pytest.importorskip("trl", reason=REASON)
-if not trl.__version__.startswith("1.12."):
-    pytest.skip(f"this is TRL {trl.__version__}; {REASON}", allow_module_level=True)
+REASON = "parity with TRL: pip install 'plain-rlhf[parity]'"
+trl = pytest.importorskip("trl", minversion="1.12", reason=REASON)
 
 import torch
 from datasets import Dataset
@@ -25,7 +23,8 @@ from common import pad, read_prompts
 from runtime import Run
 
 PROMPTS, GROUP, LENGTH = 4, 4, 9  # a rollout: prompts, completions per prompt, max_new_tokens
-TOLERANCE = 1e-5
+# later versions of TRL compute some of it in float32
+TOLERANCE = 1e-5 if trl.__version__.startswith("1.12.") else 5e-4
 OURS = dict(device="cpu", dtype="float32", lr_schedule="constant_with_warmup", warmup=0,
             max_grad_norm=1e9)
 THEIRS = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
