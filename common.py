@@ -412,22 +412,24 @@ class Rollout:
                 self.mask[rows])
 
     def overlong(self, args) -> torch.Tensor:
-        """(B,): 1 for completions that were cut. With --overlong-window it grows from 0 to 1
-        over the last tokens before the limit (DAPO, arXiv:2503.14476, eq. 13)."""
+        """Share of --truncation-penalty that each completion pays, (B,): 1 if it was cut. With
+        --overlong-window it grows from 0 to 1 over the last tokens before the limit, also for
+        completions that end there (DAPO, arXiv:2503.14476, eq. 13)."""
         if args.overlong_window == 0:
             return self.truncated.float()
         start = args.max_new_tokens - args.overlong_window
         return ((self.mask.sum(1) - start) / args.overlong_window).clamp(min=0)
 
-    def importance_weights(self, rows, old_logprobs, cap: float):
-        """importance_weights of some rows' tokens, (rows, T)."""
-        return importance_weights(old_logprobs, self.sampler_logprobs[rows], cap)
+
+def repeat(rows: list, n: int) -> list:
+    """Each row n times, one after the other."""
+    return [row for row in rows for _ in range(n)]
 
 
-def replace_groups(flat, prompts: list, rollout: Rollout, scores, others: list, new: Rollout,
-                   new_scores) -> Rollout:
-    """The rollout with the groups that are marked in flat (prompts,) replaced by the first
-    groups of a new one, whole. Changes prompts and scores in place, too."""
+def replace_groups(flat, old: tuple, new: tuple) -> tuple:
+    """Replaces the groups that are marked in flat (prompts,) by the first of the new ones.
+    old, new: prompts, their Rollout, and its scores; those of old are changed and returned."""
+    (prompts, rollout, scores), (others, new, new_scores) = old, new
     places, group_size = flat.nonzero()[:, 0], len(scores) // len(prompts)
     for place, row in zip(places.tolist(), others):
         prompts[place] = row
@@ -447,7 +449,8 @@ def replace_groups(flat, prompts: list, rollout: Rollout, scores, others: list, 
         old, other = (F.pad(x, (width - x.shape[1], 0) if left else (0, width - x.shape[1]))
                       for x in (old, other))
         fields[name] = old.index_copy(0, rows, other[:len(rows)])
-    return Rollout(**fields, tokenizer=rollout.tokenizer, eos_ids=rollout.eos_ids)
+    merged = Rollout(**fields, tokenizer=rollout.tokenizer, eos_ids=rollout.eos_ids)
+    return prompts, merged, scores
 
 
 def draw(probs, generator=None):
@@ -576,17 +579,17 @@ def kl_estimate(logprobs, ref_logprobs, estimator: str = "k1"):
 
 
 def importance_weights(old_logprobs, sampler_logprobs, cap: float):
-    """min(pi_old / pi_sampler, cap) of each token, (B, T): corrects the loss where the sampler
-    computes in another precision, or lags behind (truncated importance sampling: Ionides 2008;
-    Yao et al. 2025). Without a bound it would be exact, and noisy."""
+    """min(pi_old / pi_sampler, cap) of each token, (B, T): corrects the loss if sampling and
+    training round differently, so that the same weights are two policies (truncated importance
+    sampling: Ionides 2008; Yao et al. 2025). Without a cap it is unbiased, and noisy."""
     if sampler_logprobs.isnan().any():
         raise UserError("--importance-cap: this model's sampler does not give its log-probs")
     return (old_logprobs - sampler_logprobs).exp().clamp(max=cap)
 
 
 def flat_groups(scores, group_size: int):
-    """Whether all scores of a group are equal, (prompts,), so that its advantages are 0.
-    scores: (B,); nan: no score."""
+    """Whether a group is flat, (prompts,): all its scores are equal, so before penalties its
+    advantages are 0. scores: (B,); nan: no score."""
     groups = scores.view(-1, group_size)
     highest, lowest = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
     return highest - lowest < 1e-4

@@ -13,21 +13,19 @@ a completion is how much better it scored than its group, so no critic is needed
 
 Differences from the paper:
 
-1. The reference stays the initial policy (or --reference) without --renew-reference-every.
+1. Without --renew-reference-every, the reference never changes.
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
-Its relatives, as in their papers:
+Its relatives. Their clips matter only with several updates per rollout (--minibatches 4);
+with one, the ratio is 1, GSPO, GMPO and SAPO are GRPO, and CISPO is DAPO:
 
     DAPO        --loss-type dapo --clip-high 0.28 --beta 0 --max-resamples 5
-                --truncation-penalty 1 --overlong-window 4096
+                --truncation-penalty 1 --max-new-tokens 20480 --overlong-window 4096
     Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
     GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --beta 0
-    CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0 (tune its clip)
-    GDPO        --normalize-rewards --scale-rewards batch (with several rewards)
-
-Clipping matters only with several updates per rollout, such as --minibatches 4. With
-one, the ratio is 1, so GSPO is GRPO and CISPO is DAPO.
+    CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0 (tune this clip)
+    GMPO, SAPO, MaxRL and GDPO: docs/algorithms.md
 
 For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one update per
 rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
@@ -50,8 +48,8 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 
 from common import (Rollout, completion_logprobs, draw, eos_token_ids, flat_groups,
-                    kl_estimate, load_prompts, load_tokenizer, masked_mean, pad,
-                    replace_groups, rollout_logprobs)
+                    importance_weights, kl_estimate, load_prompts, load_tokenizer,
+                    masked_mean, pad, repeat, replace_groups, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
 from modeling import UserError, cache_works, load_causal_lm, sampling_cache
 from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run, all_sum, cli,
@@ -89,7 +87,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     scale_rewards: Literal["group", "batch", "mean", "none"] = "group"
     """divide advantages by the group's std, the batch's, the group's mean (MaxRL), or not"""
     max_resamples: NonNegInt = 0
-    """how often groups with equal scores are replaced by other prompts' (DAPO; 1 to 10)"""
+    """rounds in which groups of equal scores are replaced by new prompts' (DAPO; 1 to 10)"""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo"] = "grpo"
     """see policy_loss and token_weights"""
     clip_low: NonNegFloat = 0.2
@@ -105,6 +103,8 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
         super().__post_init__()
         if self.group_size < 2:
             raise UserError("--group-size: a group of 1 has advantage 0: use 2 or more")
+        if self.scale_rewards == "mean" and (self.truncation_penalty or self.kl_in_reward):
+            raise UserError("--scale-rewards mean: not with penalties in the reward")
 
 
 # --- the algorithm
@@ -113,24 +113,21 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     """Advantage of each completion over its group, (B,) (DeepSeekMath, sec. 4.1.2).
 
     rewards: (B,), group after group; nan marks a completion without a score, which gets 0.
-    scale "none" is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783); "mean", for rewards of 0 or
-    1, MaxRL's (arXiv:2602.02710): with many samples, the gradient of the log success rate.
+    scale "none": Dr. GRPO (Liu et al. 2025, arXiv:2503.20783). "mean", for rewards of 0 or 1:
+    MaxRL (arXiv:2602.02710), which in large groups follows the gradient of log P(reward 1).
     """
     # float64: in float32, rounding in the mean of equal rewards is blown up by the division
     groups = rewards.double().view(-1, group_size)
-    scored = ~groups.isnan()
-    advantages = (groups - groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
-    if scale == "group":
-        n, squares = scored.sum(1, keepdim=True), advantages.square().sum(1, keepdim=True)
+    mean, n = groups.nanmean(1, keepdim=True), (~groups.isnan()).sum(1, keepdim=True)
+    squares = (groups - mean).square().nansum(1, keepdim=True)
     if scale == "batch":  # around the mean of all rewards in all processes
-        n = all_sum(scored.sum()).clamp(min=1)
+        n = all_sum(n.sum()).clamp(min=1)
         squares = all_sum((groups - all_sum(groups.nansum()) / n).square().nansum())
-    if scale == "mean":
-        if (groups < 0).any():
-            raise UserError("--scale-rewards mean: needs rewards of at least 0")
-        advantages = (advantages / groups.nanmean(1, keepdim=True)).nan_to_num(0.0)
-    elif scale != "none":
-        advantages = advantages / ((squares / (n - 1).clamp(min=1)).sqrt() + 1e-4)
+    if scale == "mean" and (groups < 0).any():
+        raise UserError("--scale-rewards mean: a reward is below 0; it is for 0 or 1")
+    std = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-4
+    divisor = {"none": 1.0, "mean": mean}.get(scale, std)
+    advantages = ((groups - mean) / divisor).nan_to_num(0.0)  # no score, or 0 / 0
     return advantages.view(-1).to(rewards.dtype)
 
 
@@ -144,8 +141,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
     gspo: one ratio per completion, the geometric mean over tokens (arXiv:2507.18071, eq. 7).
     cispo: the clipped ratio weights the log-prob, so no token loses its gradient
         (arXiv:2506.13585).
-    gmpo: the geometric mean of the tokens' clipped ratios (arXiv:2507.20673).
-    sapo: a sigmoid of the ratio instead of the clip (arXiv:2511.20347).
+    gmpo: the same, but tokens are clipped before the mean is taken (arXiv:2507.20673).
+    sapo: a smooth weight instead of the clip (arXiv:2511.20347).
     """
     advantages = advantages[:, None]
     log_ratio = logprobs - old_logprobs
@@ -157,15 +154,15 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
         loss = -clipped_ratio.detach() * advantages * logprobs
         clipped = clipped_ratio != ratio
     elif loss_type == "sapo":
-        tau = torch.where(advantages > 0, 1.0, 1.05)  # the paper's temperatures
-        loss = -advantages * 4 / tau * (tau * (ratio - 1)).sigmoid()
-        clipped = ratio.isnan()  # none
+        tau = torch.where(advantages > 0, 1.0, 1.05)
+        loss = -advantages * 4 / tau * (tau * (ratio - 1)).sigmoid()  # slope 1 at ratio 1
+        clipped = torch.zeros_like(ratio, dtype=torch.bool)
     else:
-        loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
         clipped = clipped_ratio * advantages < ratio * advantages
-    if loss_type == "gmpo":
-        used = torch.where(clipped, clipped_ratio, ratio).log()
-        loss = -advantages * masked_mean(used, mask, 1)[:, None].exp().expand_as(mask)
+        used = torch.where(clipped, clipped_ratio, ratio)  # min(ratio A, clipped_ratio A) / A
+        if loss_type == "gmpo":
+            used = masked_mean(used.log(), mask, 1)[:, None].exp().expand_as(mask)
+        loss = -used * advantages
     return loss, clipped & (ratio < 1), clipped & (ratio > 1)
 
 
@@ -176,7 +173,7 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
         eq. 3).
     dapo, cispo: mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
     dr_grpo: sum over tokens, divided by completions * max_new_tokens (arXiv:2503.20783);
-        completions left out of the loss count, too.
+        completions outside the loss count as well.
     """
     if loss_type in ("grpo", "gspo", "gmpo", "sapo"):
         lengths = mask.sum(1, keepdim=True)
@@ -199,11 +196,10 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, estimator: str):
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: int,
              temperature: float, eos_ids, generator=None):
-    """Samples group_size completions per prompt: ids, mask and log-probs of the tokens, three
-    (B, max_new_tokens).
+    """Samples group_size completions per prompt. Returns their ids, mask and log-probs, each
+    (B, max_new_tokens) and 0 after the end-of-sequence token.
 
-    prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
-    end-of-sequence token. Without a generator, decodes greedily.
+    prompt_ids, prompt_mask: (prompts, P), left-padded. Without a generator, decodes greedily.
     """
     cache, past = sampling_cache(model)  # past: the cache as a keyword argument
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
@@ -241,8 +237,8 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
     model.eval()
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
         if not cache_works(model):  # Mamba and other recurrent models
-            rows = [row for row in rows for _ in range(group_size)]
-            return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
+            return sample_with_generate(model, repeat(rows, group_size), tokenizer,
+                                        args.max_new_tokens,
                                         args.temperature if generator else 0.0,
                                         args.generate_batch_size)
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
@@ -289,24 +285,25 @@ def main(args: Args):
 
         # 2. score them
         run.phase("score")
-        repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
-        scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
+        # (B,), nan where it gave None
+        scores = reward(repeat(prompts, args.group_size), rollout.texts)
 
-        # --- dynamic sampling (DAPO, eq. 11): replace groups whose scores are all equal
-        in_vain = 0
+        # --- dynamic sampling (DAPO, eq. 11): groups of equal scores are replaced
+        groups_replaced = 0
         for _ in range(args.max_resamples):
             flat = flat_groups(scores, args.group_size)  # (prompts,)
-            if all_sum(flat.sum()) == 0:
+            count = all_sum(flat.sum())
+            if count == 0:
                 break
-            in_vain += all_sum(flat.sum())
-            others = run.draw_rows(train_rows, flat.sum(), generator)
+            groups_replaced += count
+            others = run.draw_rows(train_rows, flat.sum(), generator)  # 1 or more, for FSDP
             new = sample(policy, others, args.group_size, run, tokenizer, generator)
-            new_scores = reward([row for row in others for _ in range(args.group_size)],
-                                new.texts)
-            rollout = replace_groups(flat, prompts, rollout, scores, others, new, new_scores)
+            new_scores = reward(repeat(others, args.group_size), new.texts)
+            prompts, rollout, scores = replace_groups(
+                flat, (prompts, rollout, scores), (others, new, new_scores))
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")
+        run.phase("logprobs")  # the sampler's own differ by rounding: metric sampler_gap
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update they are filled in at step 5
@@ -319,7 +316,7 @@ def main(args: Args):
                                                        args.temperature)
 
         # 4. advantages
-        rewards = scores - args.truncation_penalty * rollout.overlong(args)
+        rewards = scores - args.truncation_penalty * rollout.overlong(args)  # (B,)
         in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
         loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
         if args.kl_in_reward:
@@ -342,7 +339,7 @@ def main(args: Args):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # the policy has not changed: the ratio is exactly 1
+                    if updates == 0:  # these are the old log-probs: the ratio is exactly 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],
@@ -351,9 +348,10 @@ def main(args: Args):
                         loss = loss + args.beta * kl_loss(
                             logprobs, old_logprobs[rows], ref_logprobs[rows],
                             args.kl_estimator)
-                    if args.importance_cap > 0:
-                        loss = loss * rollout.importance_weights(
-                            rows, old_logprobs[rows], args.importance_cap)
+                    if args.importance_cap > 0:  # the KL's tokens have the same sampler
+                        loss = loss * importance_weights(
+                            old_logprobs[rows], rollout.sampler_logprobs[rows],
+                            args.importance_cap)
                     loss = (loss * weights[rows]).sum()
                     loss.backward()
                     loss_sum += loss.detach()
@@ -369,7 +367,7 @@ def main(args: Args):
                    "grad_norm": grad_norm / updates,
                    "clip_fraction_low": all_sum(clipped_low) / tokens,
                    "clip_fraction_high": all_sum(clipped_high) / tokens,
-                   "groups_in_vain": in_vain}
+                   "groups_replaced": groups_replaced}
 
         # 6. log, evaluate, save
         run.log(step, rollout_metrics(rollout, scores, old_logprobs, entropy, ref_logprobs,

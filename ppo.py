@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from common import (Rollout, completion_logprobs, draw, eos_token_ids, kl_estimate,
-                    load_prompts, load_tokenizer, masked_whiten, pad, rollout_logprobs,
-                    same_tokens)
+from common import (Rollout, completion_logprobs, draw, eos_token_ids, importance_weights,
+                    kl_estimate, load_prompts, load_tokenizer, masked_whiten, pad, repeat,
+                    rollout_logprobs, same_tokens)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
 from modeling import (UserError, cache_works, completion_outputs, context_length, load_body,
                       load_causal_lm, sampling_cache)
@@ -219,11 +219,10 @@ def load_critic(args: Args, reward, tokenizer, device):
 @torch.no_grad()
 def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: int,
              temperature: float, eos_ids, generator=None):
-    """Samples group_size completions per prompt: ids, mask and log-probs of the tokens, three
-    (B, max_new_tokens).
+    """Samples group_size completions per prompt. Returns their ids, mask and log-probs, each
+    (B, max_new_tokens) and 0 after the end-of-sequence token.
 
-    prompt_ids, prompt_mask: (prompts, P), left-padded. The mask is 1 up to and including the
-    end-of-sequence token. Without a generator, decodes greedily.
+    prompt_ids, prompt_mask: (prompts, P), left-padded. Without a generator, decodes greedily.
     """
     cache, past = sampling_cache(model)  # past: the cache as a keyword argument
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
@@ -261,8 +260,8 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator) -
     model.eval()
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
         if not cache_works(model):  # Mamba and other recurrent models
-            rows = [row for row in rows for _ in range(group_size)]
-            return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
+            return sample_with_generate(model, repeat(rows, group_size), tokenizer,
+                                        args.max_new_tokens,
                                         args.temperature if generator else 0.0,
                                         args.generate_batch_size)
         parts = [generate(model, prompt_ids[i:i + size], prompt_mask[i:i + size], group_size,
@@ -315,11 +314,11 @@ def main(args: Args):
 
         # 2. score them
         run.phase("score")
-        repeated_prompts = [row for row in prompts for _ in range(args.group_size)]
-        scores = reward(repeated_prompts, rollout.texts)  # (B,), nan where it gave None
+        # (B,), nan where it gave None
+        scores = reward(repeat(prompts, args.group_size), rollout.texts)
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")
+        run.phase("logprobs")  # the sampler's own differ by rounding: metric sampler_gap
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update they are filled in at step 5
@@ -332,7 +331,7 @@ def main(args: Args):
                                                        args.temperature)
 
         # 4. advantages
-        rewards = scores - args.truncation_penalty * rollout.overlong(args)
+        rewards = scores - args.truncation_penalty * rollout.overlong(args)  # (B,)
         in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
         loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
         with run.autocast():
@@ -377,7 +376,7 @@ def main(args: Args):
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature,
                             entropy_grad=args.entropy_bonus > 0)
-                    if updates == 0:  # the policy has not changed: the ratio is exactly 1
+                    if updates == 0:  # these are the old log-probs: the ratio is exactly 1
                         old_logprobs[rows] = logprobs.detach()
                         entropy[rows] = new_entropy.detach()
                     new_logprobs[rows] = logprobs.detach()
@@ -385,8 +384,9 @@ def main(args: Args):
                         logprobs, old_logprobs[rows], advantages[rows],
                         args.clip_low, args.clip_high)
                     if args.importance_cap > 0:
-                        loss = loss * rollout.importance_weights(
-                            rows, old_logprobs[rows], args.importance_cap)
+                        loss = loss * importance_weights(
+                            old_logprobs[rows], rollout.sampler_logprobs[rows],
+                            args.importance_cap)
                     loss = loss - args.entropy_bonus * new_entropy
                     loss = (loss * loss_mask[rows]).sum() / tokens
                     loss.backward()

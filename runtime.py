@@ -1,6 +1,7 @@
 """What surrounds an algorithm and changes nothing that is learned: the flags that all scripts
 have, processes and memory, and the run's folder with its log and checkpoints."""
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import importlib.util
@@ -170,15 +171,15 @@ class OnPolicyArgs(SampleArgs):
     reward_combine: Literal["sum", "min", "mean_minus_std"] = "sum"
     """how several rewards become one (an ensemble of reward models: min or mean_minus_std)"""
     normalize_rewards: bool = False
-    """bring each reward to mean 0 and variance 1 over its group before that (GDPO)"""
+    """bring each reward to mean 0 and std 1 in its group before they are combined (GDPO)"""
     mask_truncated: bool = False
-    """leave completions that hit the length limit out of the loss (DAPO)"""
+    """leave completions that were cut at the length limit out of the loss"""
     truncation_penalty: NonNegFloat = 0.0
-    """subtracted from the reward of completions that hit the length limit"""
+    """subtracted from the reward of completions that were cut at the length limit"""
     overlong_window: NonNegInt = 0
-    """tokens before the limit over which that penalty grows from 0 (DAPO; 0: only at it)"""
+    """the last tokens before the limit, over which that penalty grows (DAPO; 0: no growth)"""
     importance_cap: NonNegFloat = 0.0
-    """weight each token's loss by pi_old / pi_sampler, at most this (2; 0: do not weight)"""
+    """weight a token's loss by pi_old / pi_sampler, at most this, if sampling rounds (2)"""
     renew_reference_every: NonNegInt = 0
     """steps after which the reference moves to the policy (100 to 1000; 0: never)"""
     reference_mix: Fraction = 1.0
@@ -597,14 +598,15 @@ class Run:
         places = range((step - 1) * size, int(end))[self.rank::self.world_size]
         for epoch in {place // n for place in places} - set(self._orders):
             self._orders[epoch] = self._order(rows, size, epoch, length)
-        self._rows = [rows[self._orders[place // n][place % n]] for place in places]
+        # copies: a row that comes twice is two
+        self._rows = [copy.copy(rows[self._orders[place // n][place % n]]) for place in places]
         return self._rows
 
     def draw_rows(self, rows: list, n, generator) -> list[dict]:
         """n random rows; one for a process that needs none, since all sample together."""
         places = torch.randint(len(rows), (max(1, int(n)),), generator=generator,
                                device=self.device)
-        return [rows[i] for i in places.tolist()]
+        return [copy.copy(rows[i]) for i in places.tolist()]
 
     def _compare_rows(self, rows: list):
         """Says if a resumed run has other rows than before, or the same in other tokens."""

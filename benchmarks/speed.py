@@ -20,8 +20,8 @@ tiny world only).
 The sides take turns: a round runs --steps steps of each, every run in a process of its own; with --repo the two
 versions alternate after each step. The first two steps are warm-up. dpo and reward_model have shorter steps and run
 five times as many. A step lasts from one optimizer step to the next, so it includes logging. Printed are the median and
-the minimum over rounds of the mean seconds per step, the time by phase, the peak memory of the process, and how far a
-step is from what the machine can do: the update from the measured peak of matrix products, decoding from reading the
+the minimum over rounds of the mean seconds per step, the time by phase, the peak memory (of the process, or on a GPU
+of its tensors), and how far a step is from what the machine can do: the update from the measured peak of matrix products, decoding from reading the
 weights once per token at the measured bandwidth.
 
 --cpu-time counts CPU time on one thread instead of wall-clock time. Use it on a machine that others use as well.
@@ -129,10 +129,15 @@ def prepare(args: Args, folder: str) -> str:
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     else:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        tokenizer.eos_token = tokenizer.pad_token  # no model learned to write it
+        ends, tokenizer.eos_token = tokenizer.eos_token, tokenizer.pad_token  # no model learned to write this one
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if not args.random_weights:  # or else it ends an answer because the template writes it after one
+        saved = json.loads(Path(folder, "tokenizer.json").read_text())
+        for token in saved["added_tokens"]:
+            token["special"] &= token["content"] != ends
+        Path(folder, "tokenizer.json").write_text(json.dumps(saved))
     return folder
 
 
@@ -212,7 +217,13 @@ def timed(clock: str, out: str, in_turns: str, script: str, *flags: str):
     register_optimizer_step_post_hook(stamp)
     sys.path[:2], sys.argv = [str(Path(script).parent)], [script, *flags]  # not this checkout
     runpy.run_path(script, run_name="__main__")
-    Path(out).write_text(json.dumps(ends))
+    Path(out).write_text(json.dumps({"ends": ends, "gpu": gpu_memory()}))
+
+
+def gpu_memory() -> float:
+    """Peak MiB that torch has allocated on the GPU; 0 without one."""
+    import torch
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
 
 
 def run_scripts(args: Args, name: str, model: str, folders: list[str], repos: list[Path]) -> list[dict]:
@@ -226,7 +237,8 @@ def run_scripts(args: Args, name: str, model: str, folders: list[str], repos: li
     memory = run_children(commands, repos, **({"OMP_NUM_THREADS": "1"} if args.cpu_time else {}))
     for folder, (_, peak) in zip(folders, memory):
         rows = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl")]
-        rows, ends = [row for row in rows if "seconds" in row], json.loads(Path(folder, "ends.json").read_text())
+        rows, timed = [row for row in rows if "seconds" in row], json.loads(Path(folder, "ends.json").read_text())
+        ends, peak = timed["ends"], peak if args.device == "cpu" else timed["gpu"]
         ends = ends[len(ends) // len(rows) - 1::len(ends) // len(rows)]  # ppo: several per step
         seconds = [b - a for a, b in zip(ends[WARMUP - 1:], ends[WARMUP:])]
         found.append({"seconds": seconds, "rows": rows[WARMUP:], "memory": peak})
@@ -246,8 +258,8 @@ def again(args: Args, name: str, model: str) -> tuple[list, float]:
 # --- TRL
 
 def run_trl(args: Args, name: str, model: str) -> dict:
-    seconds, memory = again(args, name, model)
-    return {"seconds": seconds, "rows": [], "memory": memory}
+    (seconds, gpu), memory = again(args, name, model)
+    return {"seconds": seconds, "rows": [], "memory": memory if args.device == "cpu" else gpu}
 
 
 def trl_child(args: Args):
@@ -320,7 +332,7 @@ def trl_child(args: Args):
                                local_rollout_forward_batch_size=micro, **shared))
         trainer.train()
     print()
-    print(json.dumps([b - a for a, b in zip(times.ends[WARMUP - 1:], times.ends[WARMUP:])]))
+    print(json.dumps([[b - a for a, b in zip(times.ends[WARMUP - 1:], times.ends[WARMUP:])], gpu_memory()]))
 
 
 # --- what the machine can do
@@ -369,7 +381,8 @@ def efficiency(args: Args, name: str, found: dict, folder: str, peak: float, ban
     if name in ("dpo", "reward_model"):
         return line + f"; {6 * parameters * tokens / seconds / peak:.0%} of the peak of matrix products"
     work = 6 * parameters * tokens * (4 if name == "ppo" else 1)  # two epochs, and a critic
-    reading = parameters * 4 * args.max_new_tokens / bandwidth  # seconds to read the weights, in float32, per token
+    size = 2 if args.dtype == "bfloat16" else 4  # bytes
+    reading = parameters * size * args.max_new_tokens / bandwidth  # seconds to read the weights for each token
     return line + (f"; the update at {work / phase(found, 'update') / peak:.0%} of the peak of matrix products "
                    "(completions' tokens only), decoding takes "
                    f"{phase(found, 'generate') / reading:.0f} times as long as reading the weights")
@@ -397,7 +410,8 @@ def sampling(args: Args, model_name: str):
 
     def ours(sample: bool) -> list[list[int]]:
         generator = torch.Generator(args.device).manual_seed(0) if sample else None
-        out, out_mask, _ = grpo.generate(model, ids, mask, args.group_size, args.max_new_tokens, 1.0, eos_ids, generator)
+        out, out_mask, _ = grpo.generate(model, ids, mask, args.group_size, args.max_new_tokens, 1.0, eos_ids,
+                                         generator)
         return [row[m.bool()].tolist() for row, m in zip(out, out_mask)]
 
     def settings(sample: bool, **more) -> GenerationConfig:

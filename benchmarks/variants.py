@@ -70,14 +70,14 @@ def brief(prompts, completions, **columns) -> list[float]:
 
 
 def table(rows: list[dict]):
-    print("| variant | beside | seeds | " + " | ".join(COLUMNS.values()) + " | groups in vain |")
+    print("| variant | beside | seeds | " + " | ".join(COLUMNS.values()) + " | groups replaced |")
     print("|---" * (len(COLUMNS) + 4) + "|")
     for name, (beside, _, _) in VARIANTS.items():
         own = [row for row in rows if row["variant"] == name]
         if not own:
             continue
         cells = []
-        for column in (*COLUMNS, "groups_in_vain"):
+        for column in (*COLUMNS, "groups_replaced"):
             values = [row[column] for row in own if row.get(column) is not None]
             spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 and column == "eval_gold" else ""
             cells.append(f"{statistics.fmean(values):.3g}{spread}" if values else "")
@@ -102,7 +102,7 @@ def main(args: Args):
                 steps, last = [row for row in metrics if "loss" in row], metrics[-1]
                 row = {"variant": name, "seed": int(seed)}
                 row |= {k: (steps[-1] | last).get(k) for k in COLUMNS}
-                row["groups_in_vain"] = sum(r.get("groups_in_vain", 0) for r in steps)
+                row["groups_replaced"] = sum(r.get("groups_replaced", 0) for r in steps)
                 done.append(row)
                 write_jsonl(FILE, done)
     table(read_jsonl(FILE))

@@ -101,7 +101,7 @@ def test_divided_by_the_mean_it_is_the_gradient_of_the_log_success_rate(G):
 
 def test_the_mean_of_rewards_below_0_is_refused():
     refuses(lambda: group_advantages(torch.tensor([-1.0, 1.0]), 2, "mean"),
-            "--scale-rewards mean", "at least 0")
+            "--scale-rewards mean", "a reward is below 0")
     assert group_advantages(torch.zeros(4), 2, "mean").tolist() == [0] * 4
 
 

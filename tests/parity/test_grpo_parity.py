@@ -85,7 +85,7 @@ def test_importance_weights(tmp_path, loss_type):
     weights = torch.rand(inputs["completion_ids"].shape) + 0.5
     peer.use_vllm = peer.vllm_importance_sampling_correction = True
     inputs["importance_sampling_ratio"] = weights
-    given = common, "importance_weights", lambda old, sampler, cap: weights[:, :old.shape[1]]
+    given = grpo, "importance_weights", lambda old, sampler, cap: weights[:, :old.shape[1]]
     for update in ours(tmp_path, rollout, loss_type, importance_cap=2.0,
                        patches=[UNDIVIDED, IN_ORDER, given]):
         agree(f"grpo.py {loss_type}, importance weights", update,

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.repo import MODULES, ON_POLICY, SCRIPTS, imported, read, sections
 
-RESAMPLING = "dynamic sampling (DAPO, eq. 11): replace groups whose scores are all equal"  # in grpo.py alone
+RESAMPLING = "dynamic sampling (DAPO, eq. 11): groups of equal scores are replaced"  # only in grpo.py
 OF_THE_ALGORITHM = {"(head)", "flags of the algorithm", "the algorithm", "setup of the algorithm", "4. advantages",
                     "5. update", RESAMPLING}
 OWN_DEFAULTS = {"lr", "minibatches"}
@@ -81,10 +81,10 @@ def test_each_shared_file_needs_only_those_before_it():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_imports_at_most_32_names_of_the_other_files(script):
+def test_a_script_imports_at_most_34_names_of_the_other_files(script):
     found = imported(read(script))
     names = [name for module in ("common", "modeling", "runtime", "evaluation") for name in found[module]]
-    assert 10 < len(names) <= 32, names
+    assert 10 < len(names) <= 34, names
 
 
 def test_the_checks_see_what_they_look_for():

@@ -60,6 +60,12 @@ def test_normalized_rewards_are_logged_as_they_were(name, tmp_path, file):
     assert any(row["grad_norm"] > 0 for row in rows)
 
 
+def test_divided_by_the_mean_rewards_have_no_penalty(capsys, tmp_path):
+    for flags in (dict(truncation_penalty=1), dict(kl_in_reward=True)):
+        assert "--scale-rewards mean: not with" in fails(capsys, "grpo", scale_rewards="mean",
+                                                         run_dir=tmp_path / "run", **flags)
+
+
 @pytest.mark.parametrize("flags, words", [
     (dict(reward_weights="1"), "--reward-weights: 1 of them for 2 rewards"),
     (dict(normalize_rewards=True, group_size=1), "--normalize-rewards: needs a --group-size"),
@@ -92,14 +98,14 @@ def test_flat_groups_are_replaced(tmp_path, file, monkeypatch):
     flags = dict(reward=f"{file}:right", max_resamples=3, steps=3, prompts_per_step=6, group_size=2, eval_prompts=0,
                  save_every=1)
     log = steps_of(run("grpo", tmp_path / "run", **flags))
-    vain = sum(row["groups_in_vain"] for row in log)
+    vain = sum(row["groups_replaced"] for row in log)
     assert vain == sum(map(len, calls)) - 3 * 6 > 3
     assert all(len(calls[i]) == 6 for i in (0,)) and len(calls) > 4
     data = [json.loads(line)["prompt"] for line in open(rows_of_data("grpo", tmp_path))]
     assert all(prompt in data for prompts in calls for prompt in prompts)
     without = steps_of(run("grpo", tmp_path / "without", **flags | dict(max_resamples=0)))
     assert sum(row["zero_std_groups"] for row in log) < sum(row["zero_std_groups"] for row in without)
-    assert all(row["groups_in_vain"] == 0 for row in without)
+    assert all(row["groups_replaced"] == 0 for row in without)
     run("grpo", tmp_path / "cut", **flags | dict(steps=2, lr_schedule="constant_with_warmup"))
     run("grpo", tmp_path / "whole", **flags | dict(lr_schedule="constant_with_warmup"))
     command("grpo", resume=tmp_path / "cut", steps=3)
@@ -109,7 +115,7 @@ def test_flat_groups_are_replaced(tmp_path, file, monkeypatch):
 def test_if_all_groups_stay_flat_nothing_is_learned_and_one_line_says_so(tmp_path, file, capsys):
     log = steps_of(run("grpo", tmp_path / "run", reward=f"{file}:same", beta=0.0, steps=7, max_resamples=1,
                        eval_prompts=0))
-    assert all(row["groups_in_vain"] == 3 and row["zero_std_groups"] == 1 and row["grad_norm"] == 0 for row in log)
+    assert all(row["groups_replaced"] == 3 and row["zero_std_groups"] == 1 and row["grad_norm"] == 0 for row in log)
     out = capsys.readouterr().out
     assert out.count("warning: zero_std_groups was 1 in five steps on end") == 1
     assert out.index("warning") > out.index("step    4") and "--group-size" in out
@@ -128,7 +134,7 @@ def test_two_processes_resample_together(tmp_path, file):
     """One of them may have no flat group: it draws one as well, and both make the same number of attempts."""
     process(*TORCHRUN, "grpo.py", *TWO, "--reward", f"{file}:right", "--run-dir", tmp_path / "run", cwd=ROOT)
     log = steps_of(read(tmp_path / "run/metrics.jsonl"))
-    assert len(log) == 3 and sum(row["groups_in_vain"] for row in log) > 0
+    assert len(log) == 3 and sum(row["groups_replaced"] for row in log) > 0
     assert all(abs(n - round(n)) < 1e-3 for n in (6 * row["zero_std_groups"] for row in log))  # whole groups
 
 
@@ -194,7 +200,7 @@ def test_with_one_update_the_importance_weights_need_no_second_pass(tmp_path, mo
 def test_a_wrong_samplers_tokens_are_weighted(tmp_path, monkeypatch):
     """The loss of each token is times min(pi_old / pi_sampler, cap): here 0.5 everywhere."""
     half = common.importance_weights
-    monkeypatch.setattr(common, "importance_weights", lambda old, sampler, cap: half(old, sampler, cap) * 0.5)
+    monkeypatch.setattr(grpo, "importance_weights", lambda old, sampler, cap: half(old, sampler, cap) * 0.5)
     losses = [steps_of(run("grpo", tmp_path / f"{cap:g}", steps=1, importance_cap=cap, eval_prompts=0,
                            loss_type="cispo", beta=0.0, clip_low=1.0))[0]["loss"] for cap in (0.0, 2.0)]
     assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-3) and losses[0] != 0

@@ -98,7 +98,8 @@ def test_a_replaced_group_is_whole_and_nothing_else_changes():
     new = rollout([[10, 11, 12]] * 2 + [[13]] * 2, [[5, 5, 5, EOS], [5, EOS], [8, EOS], [8, 8, EOS]],
                   100 + torch.arange(16.0).view(4, 4))
     scores, new_scores = torch.tensor([1.0, 1, 2, 3, 4, 4]), torch.tensor([7.0, 8, 9, 10])
-    merged = common.replace_groups(torch.tensor([True, False, True]), prompts, old, scores, others, new, new_scores)
+    _, merged, _ = common.replace_groups(torch.tensor([True, False, True]), (prompts, old, scores),
+                                         (others, new, new_scores))
     assert [row["prompt"] for row in prompts] == ["x", "b", "y"]
     assert scores.tolist() == [7, 8, 2, 3, 9, 10]
     assert merged.texts == [*new.texts[:2], *old.texts[2:4], *new.texts[2:]]
@@ -107,7 +108,8 @@ def test_a_replaced_group_is_whole_and_nothing_else_changes():
     assert rows == [([10, 11, 12], [5, 5, 5, EOS]), ([10, 11, 12], [5, EOS]), ([6, 7], [6, EOS]), ([6, 7], [6, EOS]),
                     ([13], [8, EOS]), ([13], [8, 8, EOS])]
     assert merged.sampler_logprobs[1, :2].tolist() == [104, 105] and merged.sampler_logprobs[2, :2].tolist() == [6, 7]
-    one = common.replace_groups(torch.tensor([False, True, False]), prompts, old, scores, others, new, new_scores)
+    _, one, _ = common.replace_groups(torch.tensor([False, True, False]), (prompts, old, scores),
+                                      (others, new, new_scores))
     assert one.texts == [*old.texts[:2], *new.texts[:2], *old.texts[4:]] and scores[2:4].tolist() == [7, 8]
 
 
@@ -146,11 +148,13 @@ def test_a_planted_fault_shows_in_the_gap(sampled, fault, monkeypatch):
     if fault == "position":
         forward = type(model.model).forward
 
-        def shifted(self, *inputs, **kwargs):
-            return forward(self, *inputs, **kwargs | {"position_ids": kwargs["position_ids"] * 2})
+        def shifted(self, input_ids, position_ids=None, **kwargs):
+            position_ids = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
+            return forward(self, input_ids=input_ids, position_ids=position_ids * 2, **kwargs)
         monkeypatch.setattr(type(model.model), "forward", shifted)
     logprobs, _ = common.rollout_logprobs(model, some, [torch.arange(24)], 1.0 if fault == "temperature" else 0.7)
     mean, largest = gap(some, logprobs)
+    print(f"sampler_gap with a wrong {fault}: mean {mean:.3f}, largest {largest:.2f}")
     assert mean > 0.01 and largest > 0.1
 
 
@@ -159,6 +163,6 @@ def test_importance_weights_have_a_cap_and_need_the_samplers_log_probs():
     torch.testing.assert_close(common.importance_weights(old, sampler, 2.0),
                                torch.tensor([[1.0, 2.0, torch.tensor(-1.0).exp()]]))
     unknown = rollout([[5]], [[6, 7, EOS]])
-    refuses(lambda: unknown.importance_weights(slice(None), old, 2.0), "--importance-cap")
+    refuses(lambda: common.importance_weights(old, unknown.sampler_logprobs, 2.0), "--importance-cap")
     zeros = torch.zeros(1, 3)
     assert "sampler_gap" not in evaluation.rollout_metrics(unknown, torch.ones(1), zeros, zeros, zeros, 1)
