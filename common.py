@@ -681,6 +681,8 @@ def combine_rewards(rewards: dict, weights=(), how: str = "sum", normalize: bool
     def reward(rows: list[dict], completions: list[str]) -> torch.Tensor:
         parts = torch.stack([reward(rows, completions) for reward in rewards.values()], 1)
         raw = scores = combine(parts)
+        if raw.isinf().any():
+            raise UserError("--reward: the rewards are too large to be combined")
         if normalize:
             starts = [i for i in range(len(rows)) if i == 0 or rows[i] is not rows[i - 1]]
             sizes = [b - a for a, b in zip(starts, starts[1:] + [len(rows)])]

@@ -38,8 +38,14 @@ class Evaluator:
                 raise UserError(f"--resume {run.dir}: other held-out prompts than before: "
                                 "keep --eval-data, --eval-prompts and --eval-samples")
             saved = read_json(run.dir / "args.json", f"--resume {run.dir}")
-            for name in ("gold", "reward", "reference", "max_new_tokens", "temperature"):
-                if saved.get(name) != writable(getattr(run.args, name, None)):
+            for name in ("gold", "reward", "reward_weights", "reward_combine", "reference",
+                         "max_new_tokens", "temperature"):
+                value = writable(getattr(run.args, name, None))
+                before = saved.get(name, value)
+                if value not in (before, [before]):  # older runs have one reward, not a list
+                    if getattr(run.args, "renew_reference_every", 0):
+                        raise UserError(f"--{name.replace('_', '-')}: cannot change on --resume "
+                                        "where the reference was renewed")
                     print(f"--{name.replace('_', '-')} has changed: the reference's "
                           "completions are sampled again, and compared by it")
                     self.baseline = []

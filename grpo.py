@@ -103,8 +103,9 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
         super().__post_init__()
         if self.group_size < 2:
             raise UserError("--group-size: a group of 1 has advantage 0: use 2 or more")
-        if self.scale_rewards == "mean" and (self.truncation_penalty or self.kl_in_reward):
-            raise UserError("--scale-rewards mean: not with penalties in the reward")
+        if self.scale_rewards == "mean" and (
+                self.truncation_penalty or self.kl_in_reward or self.normalize_rewards):
+            raise UserError("--scale-rewards mean: only with rewards as they are, of 0 or 1")
 
 
 # --- the algorithm

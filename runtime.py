@@ -189,12 +189,16 @@ class OnPolicyArgs(SampleArgs):
         super().__post_init__()
         if isinstance(self.reward, str) or callable(self.reward):
             self.reward = (self.reward,)
+        if not isinstance(self.reward, (tuple, list)) or not self.reward or not all(
+                callable(x) or isinstance(x, (str, os.PathLike)) for x in self.reward):
+            raise UserError("--reward: name one or more models or functions")
         self.reward = tuple(x if callable(x) else os.fspath(x) for x in self.reward)
-        if not self.reward:
-            raise UserError("--reward: name one or more")
-        if self.reward_weights and len(self.reward_weights) != len(self.reward):
-            raise UserError(f"--reward-weights: {len(self.reward_weights)} of them for "
-                            f"{len(self.reward)} rewards")
+        weights = self.reward_weights
+        if not isinstance(weights, (tuple, list)) or not all(
+                isinstance(x, (int, float)) and math.isfinite(x) for x in weights) or (
+                len(weights) not in (0, len(self.reward))):
+            raise UserError(f"--reward-weights: must be {len(self.reward)} finite numbers, as "
+                            "many as rewards")
         if self.normalize_rewards and self.group_size < 2:
             raise UserError("--normalize-rewards: needs a --group-size of 2 or more")
         if self.overlong_window and not (
@@ -226,6 +230,8 @@ def cli(main, Args, description: str):
         resume = re.findall("(?<=\0)--resume[=\0]([^\0]*)", "\0".join(sys.argv))
         if resume and not resume[-1]:
             raise UserError("--resume: names no run folder")
+        if sys.argv.count("--reward") > 1:
+            raise UserError("--reward: given twice: name all rewards after one")
         saved = resume and hasattr(Args, "resume")  # its flags are the defaults
         main(tyro.cli(Args, description="", **({"default": Args(resume=resume[-1])} if saved
                                                else {})))
@@ -365,7 +371,7 @@ class Run:
 
     def __init__(self, args: RunArgs, script: str):
         Run.newest, self.unsaved = weakref.ref(self), False
-        self.args, self.state, self.frozen, self.trained = args, {"step": 0, "rows": 0}, {}, {}
+        self.args, self.state, self.frozen, self.trained = args, {"step": 0, "rows": 0}, [], {}
         self.step, self.steps = 0, getattr(args, "steps", 0)
         self.bf16 = self.stopped = False
         self.metrics = {}  # the last step's, and the last evaluation's
@@ -468,7 +474,8 @@ class Run:
             raise UserError(f"--reference {name}: embeds {embedding_rows(model)} tokens, and "
                             f"the policy {tokenizer.embedded}: resize_token_embeddings")
         renewed = getattr(args, "renew_reference_every", 0) > 0  # then it keeps all its bits
-        self.frozen["reference"] = self.shard(freeze(model, self.bf16 and not renewed))
+        self.reference = self.shard(freeze(model, self.bf16 and not renewed))
+        self.frozen.append(("reference", model))
         shapes = [[p.shape for p in m.parameters()] for m in (model, policy)]
         if renewed and shapes[0] != shapes[1]:
             raise UserError(f"--renew-reference-every: {name} has other weights than --model")
@@ -481,8 +488,10 @@ class Run:
         arXiv:2404.09656)."""
         every = self.args.renew_reference_every
         if every and step % every == 0:
+            self.reshard(policy, reference)
             for old, new in zip(reference.parameters(), policy.parameters()):
                 old.lerp_(new, self.args.reference_mix)
+        self.unsaved = True  # see log
 
     def load_reward(self, names, rows: list[dict] = ()):
         """common.load_reward with this run's device, precision and memory; several names are
@@ -492,10 +501,11 @@ class Run:
         for name in names if isinstance(names, tuple) else (names,):
             reward = load_reward(name, self.device, self.bf16, args.micro_batch_tokens)
             short = writable(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
-            short += f"_{len(rewards) + 1}" if short in rewards else ""
+            while short in rewards:
+                short += "_"
             rewards[short] = reward
             if hasattr(reward, "model"):
-                self.frozen[short] = reward.model
+                self.frozen.append((short, reward.model))
                 if rows:
                     check_room(reward.model, reward.tokenizer, rows, args.max_new_tokens)
         first = next(iter(rewards.values()))
@@ -532,6 +542,12 @@ class Run:
 
     def _sharded(self, model) -> list:
         return [module for module in model.modules() if hasattr(module, "unshard")]
+
+    def reshard(self, *models):
+        """Gives up gathered weights: after a pass without gradients, the root's remain."""
+        for model in models:
+            for module in self._sharded(model):
+                module.reshard()
 
     @contextlib.contextmanager
     def gathered(self, model):
@@ -665,7 +681,8 @@ class Run:
         five. With a prefix they are an evaluation's; a step's get its seconds."""
         row = {prefix + name: float(f"{float(value):.5g}") for name, value in metrics.items()}
         if not prefix:
-            self.unsaved, self.step_done = True, step
+            every = getattr(self.args, "renew_reference_every", 0)  # renewed first, then saved
+            self.unsaved, self.step_done = not every or step % every > 0, step
             ends = [start for _, start in self._phases[1:]] + [time.time()]
             seconds = {f"seconds_{name}": end - start
                        for (name, start), end in zip(self._phases, ends)}
@@ -738,8 +755,8 @@ class Run:
 
     def _print_memory(self):
         """What the models take in memory, besides activations."""
-        trained = {name: model for name, (model, _, _) in self.trained.items()}
-        for name, model in (trained | self.frozen).items():
+        trained = [(name, model) for name, (model, _, _) in self.trained.items()]
+        for name, model in trained + self.frozen:
             tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
             size = 12 * tuned + sum(p.numel() * p.element_size() for p in model.parameters())
             print(f"{name:12} {model.num_parameters() / 1e6:8.2f} M parameters "
@@ -779,6 +796,12 @@ class Run:
         step, folder = self.checkpoints()[-1]
         if not (folder / "resume").is_dir():
             raise UserError(f"{where}: {folder} was saved with --no-resumable")
+        before = read_json(self.dir / "args.json", where)
+        every = getattr(self.args, "renew_reference_every", 0)
+        if bool(every) != bool(before.get("renew_reference_every")) or every and (
+                self.args.reference != before["reference"]):
+            raise UserError(f"{where}: --renew-reference-every cannot be switched on or off, "
+                            "nor the --reference changed that it renews")
         saved = read_json(folder / "resume/state.json", where)
         try:
             self.state = {name: saved[name] for name in self.state}
@@ -872,6 +895,8 @@ class Run:
     def _tensors(self) -> dict:
         """Weights and AdamW moments by name; the moments are zero before the first update."""
         tensors = {}
+        self.reshard(*(model for model, _, _ in self.trained.values()),
+                     *(model for _, model in self.frozen))
         for name, (model, optimizer, _) in self.trained.items():
             for key, weight in model.named_parameters():
                 if weight.requires_grad:
@@ -884,7 +909,7 @@ class Run:
                     tensors |= {f"{name}.{key}.{k}": v.detach() for k, v in moments.items()}
         if getattr(self.args, "renew_reference_every", 0):
             tensors |= {f"reference.{key}": weight.detach() for key, weight in
-                        self.frozen["reference"].named_parameters()}
+                        self.reference.named_parameters()}
         return tensors
 
 

@@ -1,14 +1,18 @@
 """Whole runs with several rewards, resampled groups, a renewed reference, and a corrected sampler."""
+import gc
 import json
-import os
 
 import pytest
 import torch
 
 import common
+import evaluation
 import grpo
+import modeling
+import ppo
 import runtime
-from helpers.runs import (ON_POLICY, ROOT, SCRIPTS, TORCHRUN, command, evaluations_of, fails, last_checkpoint, process,
+from helpers.unit import refuses
+from helpers.runs import (ON_POLICY, ROOT, SCRIPTS, TORCHRUN, checkpoints, command, evaluations_of, fails, last_checkpoint, process,
                           read, rows_of_data, run, same_tensors, small_flags, steps_of, tensors, without_times)
 
 REWARDS = """
@@ -61,13 +65,40 @@ def test_normalized_rewards_are_logged_as_they_were(name, tmp_path, file):
 
 
 def test_divided_by_the_mean_rewards_have_no_penalty(capsys, tmp_path):
-    for flags in (dict(truncation_penalty=1), dict(kl_in_reward=True)):
-        assert "--scale-rewards mean: not with" in fails(capsys, "grpo", scale_rewards="mean",
-                                                         run_dir=tmp_path / "run", **flags)
+    for flags in (dict(truncation_penalty=1), dict(kl_in_reward=True), dict(normalize_rewards=True)):
+        assert "--scale-rewards mean: only with" in fails(capsys, "grpo", scale_rewards="mean",
+                                                          run_dir=tmp_path / "run", **flags)
+
+
+def test_rewards_and_weights_are_checked(capsys, tmp_path):
+    for weights in ((float("nan"), 1), 1.0, "12", (1, None)):
+        refuses(lambda: grpo.Args(reward=("a", "b"), reward_weights=weights), "--reward-weights: must be 2 finite")
+    for reward in (None, (), (3,), 3):
+        refuses(lambda: grpo.Args(reward=reward), "--reward: name one or more")
+    assert "--reward: given twice" in fails(capsys, "grpo", "--reward", "a", "--reward", "b", run_dir=tmp_path / "run")
+
+
+def test_rewards_of_one_name_are_all_there(tmp_path, file):
+    """Also if one has the name that another gets for its number."""
+    (tmp_path / "others.py").write_text("def same_(completions, **c): return [5.0] * len(completions)\n")
+    log = run("reinforce", tmp_path / "run", reward=(f"{file}:same", f"{tmp_path}/others.py:same_", f"{file}:same"))
+    assert all(row.get("reward", row.get("eval_reward")) == 7 for row in log)
+
+
+def test_on_resume_other_weights_score_the_reference_anew(tmp_path, file, capsys):
+    flags = dict(reward=(f"{file}:right", f"{file}:short"), gold="", data=rows_of_data("grpo", tmp_path),
+                 eval_data="tiny/heldout.jsonl")
+    run("grpo", tmp_path / "run", **flags, reward_weights=(1.0, 1.0))
+    command("grpo", "--resume", tmp_path / "run", "--steps", "3", "--reward-weights", "-1", "-1")
+    assert "--reward-weights has changed" in capsys.readouterr().out
+    last = evaluations_of(read(tmp_path / "run/metrics.jsonl"))[-1]
+    baseline = read(tmp_path / "run/baseline.jsonl")
+    assert last["eval_reference_reward"] == pytest.approx(sum(row["reward"] for row in baseline) / len(baseline), 1e-3)
+    assert baseline[0]["reward"] == pytest.approx(-baseline[0]["reward/right"])  # the second leaves it out
 
 
 @pytest.mark.parametrize("flags, words", [
-    (dict(reward_weights="1"), "--reward-weights: 1 of them for 2 rewards"),
+    (dict(reward_weights="1"), "--reward-weights: must be 2 finite numbers"),
     (dict(normalize_rewards=True, group_size=1), "--normalize-rewards: needs a --group-size"),
     (dict(overlong_window=4), "--overlong-window: needs a --truncation-penalty"),
     (dict(overlong_window=40, truncation_penalty=1, max_new_tokens=12), "--overlong-window"),
@@ -174,6 +205,66 @@ def test_a_reference_of_another_shape_is_not_renewed(capsys, tmp_path):
 
 # --- the sampler
 
+def test_the_renewed_reference_is_kept_apart(tmp_path):
+    """From a reward model whose folder has its name."""
+    (tmp_path / "reference").symlink_to(ROOT / "tiny/reward_model")
+    flags = dict(reward=str(tmp_path / "reference"), renew_reference_every=1, eval_prompts=0,
+                 lr_schedule="constant_with_warmup")
+    whole = steps_of(run("grpo", tmp_path / "whole", **flags, steps=3))
+    run("grpo", tmp_path / "cut", **flags, steps=2)
+    command("grpo", resume=tmp_path / "cut", steps=3)
+    assert steps_of(read(tmp_path / "cut/metrics.jsonl"))[-1]["kl"] == whole[-1]["kl"]
+    assert same_tensors(last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole"))
+
+
+def test_renewal_stays_as_it_was_on_resume(tmp_path, capsys):
+    run("grpo", tmp_path / "on", renew_reference_every=1)
+    run("grpo", tmp_path / "off")
+    for folder, flags in (("on", dict(renew_reference_every=0)), ("off", dict(renew_reference_every=1)),
+                          ("on", dict(reference="tiny/policy"))):
+        error = fails(capsys, "grpo", resume=tmp_path / folder, steps=3, **flags)
+        assert "--renew-reference-every cannot be switched" in error or "--reference: cannot change" in error
+    assert "--gold: cannot change" in fails(capsys, "grpo", resume=tmp_path / "on", steps=3,
+                                            gold="tiny/reward_model")
+
+
+def test_an_evaluation_that_fails_loses_no_renewal(tmp_path, monkeypatch):
+    """The step is not saved before the reference has moved: the run goes on from the checkpoint before it."""
+    flags = dict(renew_reference_every=2, steps=4, eval_every=2, save_every=1, lr_schedule="constant_with_warmup")
+    run("grpo", tmp_path / "whole", **flags)
+    (tmp_path / "gold.py").write_text("def gold(completions, **c): return [1.0] * len(completions)\n")
+    evaluate = evaluation.Evaluator.__call__
+
+    def fail(self, step, *rest):
+        if step == 2:
+            raise modeling.UserError("no")
+        evaluate(self, step, *rest)
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", fail)
+    with pytest.raises(SystemExit):
+        command("grpo", **small_flags("grpo", tmp_path / "cut", **flags))
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", evaluate)
+    gc.collect()
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-1"]
+    command("grpo", resume=tmp_path / "cut")
+    assert same_tensors(last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole"))
+
+
+TOGETHER = ("--prompts-per-step 4 --group-size 2 --max-new-tokens 12 --eval-prompts 4 --log-every 1 --device cpu "
+            "--lr-schedule constant_with_warmup --save-every 2 --eval-every 2 --renew-reference-every 2 "
+            "--reference-mix 0.5 --max-resamples 1 --normalize-rewards").split()
+
+
+def test_two_processes_resume_exactly_after_an_evaluation(tmp_path, file):
+    """An evaluation leaves FSDP's root gathered: checkpoints and the reference are of the shards all the same."""
+    rewards = ["--reward", f"{file}:right", "tiny/reward_model"]
+    process(*TORCHRUN, "grpo.py", *TOGETHER, *rewards, "--steps", 4, "--run-dir", tmp_path / "whole", cwd=ROOT)
+    process(*TORCHRUN, "grpo.py", *TOGETHER, *rewards, "--steps", 2, "--run-dir", tmp_path / "cut", cwd=ROOT)
+    process(*TORCHRUN, "grpo.py", "--resume", tmp_path / "cut", "--steps", 4, cwd=ROOT)
+    assert same_tensors(last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole"))
+    logs = [steps_of(read(tmp_path / folder / "metrics.jsonl")) for folder in ("cut", "whole")]
+    assert without_times(logs[0]) == without_times(logs[1]) and logs[0][2]["kl"] != logs[0][1]["kl"]
+
+
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_with_an_exact_sampler_the_importance_weights_change_nothing(name, tmp_path):
     """They are 1 up to rounding, and cost no pass."""
@@ -197,10 +288,52 @@ def test_with_one_update_the_importance_weights_need_no_second_pass(tmp_path, mo
     assert passes == [0] and len(calls) == 1
 
 
-def test_a_wrong_samplers_tokens_are_weighted(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, flags", [
+    ("grpo", dict(loss_type="cispo", beta=0.0, clip_low=1.0)), ("ppo", dict(minibatches=1)), ("reinforce", dict(beta=0.0))])
+def test_a_wrong_samplers_tokens_are_weighted(name, flags, tmp_path, monkeypatch):
     """The loss of each token is times min(pi_old / pi_sampler, cap): here 0.5 everywhere."""
-    half = common.importance_weights
-    monkeypatch.setattr(grpo, "importance_weights", lambda old, sampler, cap: half(old, sampler, cap) * 0.5)
-    losses = [steps_of(run("grpo", tmp_path / f"{cap:g}", steps=1, importance_cap=cap, eval_prompts=0,
-                           loss_type="cispo", beta=0.0, clip_low=1.0))[0]["loss"] for cap in (0.0, 2.0)]
+    weights = common.importance_weights
+    monkeypatch.setattr(SCRIPTS[name], "importance_weights", lambda *rest: weights(*rest) * 0.5)
+    losses = [steps_of(run(name, tmp_path / f"{cap:g}", steps=1, importance_cap=cap, eval_prompts=0,
+                           **flags))[0]["loss"] for cap in (0.0, 2.0)]
     assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-3) and losses[0] != 0
+
+
+# --- ppo.py's own
+
+@pytest.mark.parametrize("name, function", [("ppo", "token_rewards"), ("grpo", "group_advantages"),
+                                            ("reinforce", "token_advantages")])
+def test_the_window_is_used_in_each_script(name, function, tmp_path, monkeypatch):
+    """What the algorithm gets is the score minus the penalty by length."""
+    seen, original, rollouts = [], getattr(SCRIPTS[name], function), []
+    monkeypatch.setattr(SCRIPTS[name], function, lambda rewards, *rest: seen.append(rewards) or original(rewards, *rest))
+    sample = SCRIPTS[name].sample
+    monkeypatch.setattr(SCRIPTS[name], "sample", lambda *a: rollouts.append(sample(*a)) or rollouts[-1])
+    run(name, tmp_path / "run", steps=1, eval_prompts=0, reward=lambda completions, **c: [2.0] * len(completions),
+        overlong_window=8, truncation_penalty=3.0, beta=0.0, gold="", eval_data="tiny/heldout.jsonl")
+    expected = 2 - 3 * ((rollouts[0].mask.sum(1) - 4) / 8).clamp(min=0)
+    torch.testing.assert_close(seen[0].flatten(), expected.float())
+
+
+def test_the_critics_lambda_is_for_what_it_learns(tmp_path, monkeypatch):
+    lambdas, gae, values = [], ppo.gae, ppo.value_loss
+    returns = []
+    monkeypatch.setattr(ppo, "gae", lambda *a: lambdas.append(a[-1]) or gae(*a))
+    monkeypatch.setattr(ppo, "value_loss", lambda new, old, target, clip: returns.append(target) or values(
+        new, old, target, clip))
+    run("ppo", tmp_path / "run", steps=1, eval_prompts=0, minibatches=1, critic_gae_lambda=1.0, gae_lambda=0.5,
+        beta=0.0, max_grad_norm=1.0)
+    assert lambdas == [0.5, 1.0]
+    for row in torch.cat(returns):  # at lambda 1, without KL, the return of each token is the score
+        row = row[row != 0]
+        torch.testing.assert_close(row, row[:1].expand_as(row), rtol=1e-4, atol=1e-4)
+
+
+def test_the_entropy_bonus_raises_the_entropy(tmp_path):
+    """A reward that is always the same leaves the bonus alone: the entropy rises, and falls with the sign reversed."""
+    def entropy(bonus):
+        log = steps_of(run("ppo", tmp_path / f"{bonus:g}", steps=4, entropy_bonus=bonus, beta=0.0, eval_prompts=0, lr=1e-3,
+                           reward=lambda completions, **c: [0.0] * len(completions), gold="", whiten=False,
+                           critic="tiny/policy", lr_schedule="constant_with_warmup", eval_data="tiny/heldout.jsonl"))
+        return log[-1]["entropy"] - log[0]["entropy"]
+    assert entropy(1.0) > 0.3 > abs(entropy(0.0))

@@ -113,6 +113,17 @@ def test_a_replaced_group_is_whole_and_nothing_else_changes():
     assert one.texts == [*old.texts[:2], *new.texts[:2], *old.texts[4:]] and scores[2:4].tolist() == [7, 8]
 
 
+def test_the_parts_of_the_scores_are_replaced_with_them():
+    reward = common.combine_rewards({"a": giving(1, 2, 3, 4), "b": giving(5, 6, 7, 8)}, (1.0, 2.0), normalize=True)
+    other = common.combine_rewards({"a": giving(10, 20), "b": giving(50, 60)}, (1.0, 2.0), normalize=True)
+    old = rollout([[5]] * 4, [[6, EOS]] * 4)
+    scores, new_scores = reward([ROWS[0]] * 2 + [ROWS[1]] * 2, old.texts), other([ROWS[0]] * 2, old.texts[:2])
+    common.replace_groups(torch.tensor([False, True]), (list(ROWS), old, scores),
+                          (ROWS[:1], rollout([[5]] * 2, [[6, EOS]] * 2), new_scores))
+    assert scores.raw.tolist() == [11, 14, 110, 140]
+    assert scores.parts["a"].tolist() == [1, 2, 10, 20] and scores.parts["b"].tolist() == [5, 6, 50, 60]
+
+
 # --- the sampler
 
 @pytest.fixture(scope="module")

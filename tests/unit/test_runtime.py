@@ -483,7 +483,7 @@ def test_files_are_written_whole(tmp_path):
 def test_the_memory_of_models_is_printed(tmp_path, capsys):
     """A trained weight takes 16 bytes: itself, its gradient and AdamW's two moments; a frozen one its own 4."""
     run, model = make_run(), llama()
-    run.trained, run.frozen = {"policy": (model, None, None)}, {"reference": modeling.freeze(llama(), False)}
+    run.trained, run.frozen = {"policy": (model, None, None)}, [("reference", modeling.freeze(llama(), False))]
     run._print_memory()
     policy, reference = capsys.readouterr().out.splitlines()
     n = sum(p.numel() for p in model.parameters())
