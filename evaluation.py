@@ -44,8 +44,8 @@ class Evaluator:
                 before = saved.get(name, value)
                 if value not in (before, [before]):  # older runs have one reward, not a list
                     if getattr(run.args, "renew_reference_every", 0):
-                        raise UserError(f"--{name.replace('_', '-')}: cannot change on --resume "
-                                        "where the reference was renewed")
+                        raise UserError(f"--{name.replace('_', '-')}: cannot change on "
+                                        "--resume where the reference was renewed")
                     print(f"--{name.replace('_', '-')} has changed: the reference's "
                           "completions are sampled again, and compared by it")
                     self.baseline = []

@@ -31,10 +31,8 @@ For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one u
 rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/convergence.md).
 
     python grpo.py                                  # the tiny world: a minute on a laptop
+    python grpo.py --help                           # the ranges of flags for real models
     python grpo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
-
-For a real model set --prompts-per-step, --max-new-tokens and --steps, too: --help
-names the usual ranges.
 
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
 rises, it is being hacked. If length_correlation is far above 0, the reward
@@ -128,8 +126,8 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
         raise UserError("--scale-rewards mean: a reward is below 0; it is for 0 or 1")
     std = (squares / (n - 1).clamp(min=1)).sqrt() + 1e-4
     divisor = {"none": 1.0, "mean": mean}.get(scale, std)
-    advantages = ((groups - mean) / divisor).nan_to_num(0.0)  # no score, or 0 / 0
-    return advantages.view(-1).to(rewards.dtype)
+    # nan: no score, or 0 / 0
+    return ((groups - mean) / divisor).nan_to_num(0.0).view(-1).to(rewards.dtype)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_low: float,
