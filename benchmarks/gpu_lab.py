@@ -188,7 +188,7 @@ class Lab:
             generator, begun, written = torch.Generator(self.args.device).manual_seed(i), self.now(), 0
             for ids, mask in zip(self.ids.tensor_split(calls), self.mask.tensor_split(calls)):
                 with torch.no_grad(), self.autocast(autocast):
-                    _, out = generate(model, ids, mask, self.group, tokens, 1.0, self.eos_ids, generator)
+                    out = generate(model, ids, mask, self.group, tokens, 1.0, self.eos_ids, generator)[1]  # its mask
                 written += out.sum().item()
             times.append(self.now() - begun)
         return {"seconds": [round(x, 3) for x in times], "ms_a_token": round(1000 * times[-1] / tokens, 2),
@@ -197,8 +197,8 @@ class Lab:
     def same(self) -> dict:
         """Greedy, the graph's completions beside grpo.py's. In bfloat16 a tie can go either way."""
         with torch.no_grad(), self.autocast():
-            (a, _), (b, _) = (generate(self.model.eval(), self.ids[:8], self.mask[:8], 2, min(self.tokens, 80), 1.0,
-                                       self.eos_ids) for generate in (grpo.generate, self.graph))
+            a, b = (generate(self.model.eval(), self.ids[:8], self.mask[:8], 2, min(self.tokens, 80), 1.0,
+                             self.eos_ids)[0] for generate in (grpo.generate, self.graph))
         return {"equal": (a == b).float().mean().item(), "equal_of_first_8": (a == b)[:, :8].float().mean().item()}
 
     def graph(self, *arguments, **more):
