@@ -13,8 +13,8 @@ from helpers.repo import ROOT, load
 
 sys.path.append(str(ROOT / "benchmarks"))  # they import many.py
 credit, hacking = load("benchmarks/credit.py"), load("benchmarks/hacking.py")
-COMMANDS = ["algorithms.py", "credit.py", "gpu_check.py", "gpu_lab.py", "hacking.py", "memory.py",
-            "robustness.py", "speed.py"]
+COMMANDS = ["algorithms.py", "credit.py", "ensemble.py", "gpu_check.py", "gpu_lab.py", "hacking.py", "memory.py",
+            "parts.py", "robustness.py", "speed.py", "variants.py"]
 
 
 def test_every_benchmark_is_tested_here():

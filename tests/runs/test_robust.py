@@ -117,7 +117,7 @@ def test_from_python_a_reward_is_a_function_and_ctrl_c_is_given_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     for name in ("one", "two"):
         grpo.main(grpo.Args(**small_flags("grpo", tmp_path / name, reward=short, **ONE)))
-        assert json.loads((tmp_path / name / "args.json").read_text())["reward"] == "short"
+        assert json.loads((tmp_path / name / "args.json").read_text())["reward"] == ["short"]
         assert signal.getsignal(signal.SIGINT) == before
     with pytest.raises(common.UserError, match="--loss-type: must be one of grpo, dapo"):
         grpo.Args(loss_type="gpro")
@@ -316,7 +316,7 @@ def test_from_python_folders_are_paths_and_rewards_any_function(tmp_path):
         return [weight * len(turns) for turns in completions]
     flags = small_flags("grpo", tmp_path / "run", reward=functools.partial(by, 2.0), **ONE)
     folder, _ = grpo.main(grpo.Args(**flags | dict(run_dir=tmp_path / "run", lr=np.float64(0.001), beta=0)))
-    assert "functools.partial" in json.loads((folder / "args.json").read_text())["reward"]
+    assert "functools.partial" in json.loads((folder / "args.json").read_text())["reward"][0]
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(damaged, capsys, monkeypatch):

@@ -112,9 +112,9 @@ def test_other_errors_of_the_program_are_not_hidden(words, monkeypatch):
 # --- what a run leaves behind
 
 STEP = {"step", "reward", "reward_std", "kl", "entropy", "length", "truncated", "loss", "grad_norm", "lr", "unscored",
-        "length_correlation", "distinct_3", "zero_std_groups", "zero_std_groups_right", "clip_fraction_low",
+        "sampler_gap", "sampler_gap_max", "length_correlation", "distinct_3", "zero_std_groups", "zero_std_groups_right", "clip_fraction_low",
         "clip_fraction_high", "seconds", "seconds_generate", "seconds_score", "seconds_logprobs", "seconds_update"}
-STEPS = {"grpo": STEP, "reinforce": STEP | {"advantage_std", "baseline"},
+STEPS = {"grpo": STEP | {"groups_replaced"}, "reinforce": STEP | {"advantage_std", "baseline"},
          "ppo": STEP | {
              "value_loss", "value", "critic_grad_norm", "explained_variance", "beta", "updates", "approx_kl"}}
 RATES = {"win_rate", "win_rate_low", "win_rate_high", "lc_win_rate", "lc_win_rate_low", "lc_win_rate_high"}
