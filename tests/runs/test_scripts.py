@@ -112,7 +112,8 @@ def test_other_errors_of_the_program_are_not_hidden(words, monkeypatch):
 # --- what a run leaves behind
 
 STEP = {"step", "reward", "reward_std", "kl", "entropy", "length", "truncated", "loss", "grad_norm", "lr", "unscored",
-        "sampler_gap", "sampler_gap_max", "length_correlation", "distinct_3", "zero_std_groups", "zero_std_groups_right", "clip_fraction_low",
+        "sampler_gap", "sampler_gap_max",
+        "length_correlation", "distinct_3", "zero_std_groups", "zero_std_groups_right", "clip_fraction_low",
         "clip_fraction_high", "seconds", "seconds_generate", "seconds_score", "seconds_logprobs", "seconds_update"}
 STEPS = {"grpo": STEP | {"groups_replaced"}, "reinforce": STEP | {"advantage_std", "baseline"},
          "ppo": STEP | {
