@@ -87,7 +87,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.p
     max_resamples: NonNegInt = 0
     """rounds in which groups of equal scores are replaced by new prompts' (DAPO; 1 to 10)"""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo"] = "grpo"
-    """see policy_loss and token_weights"""
+    """how tokens are clipped and averaged: see policy_loss and token_weights"""
     clip_low: NonNegFloat = 0.2
     """the ratio is clipped at 1 - clip_low (gspo: 3e-4; gmpo: 0.33; cispo: 1)"""
     clip_high: NonNegFloat = 0.2
