@@ -41,13 +41,14 @@ from transformers import get_scheduler
 from common import (completion_logprobs, encode, encode_prompts, eos_token_ids, load_pairs,
                     load_tokenizer, pad, read_prompts, render, without_beginning)
 from evaluation import Evaluator, sample_with_generate
+from flags import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, SampleArgs, Smoothing,
+                   cli)
 from modeling import UserError, context_length, load_causal_lm
-from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, SampleArgs,
-                     Smoothing, all_sum, cli, gather_objects, global_means, reference_mode)
+from runtime import Run, all_sum, gather_objects, global_means, reference_mode
 
 
 @dataclass
-class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: runtime.py
+class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: flags.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     data: str = "tiny/preferences.jsonl"

@@ -5,9 +5,9 @@ import math
 import torch
 from common import (Rollout, as_messages, eos_token_ids, flat_groups, kl_estimate, pad,
                     rollout_logprobs)
+from flags import json_lines, read_json, writable, write_whole
 from modeling import UserError, cache_works, generate_by_library
-from runtime import (gather_objects, json_lines, read_json, reference_mode, writable,
-                     write_whole)
+from runtime import gather_objects, reference_mode
 
 
 class Evaluator:

@@ -49,13 +49,13 @@ from common import (Rollout, completion_logprobs, draw, eos_token_ids, flat_grou
                     importance_weights, kl_estimate, load_prompts, load_tokenizer,
                     masked_mean, pad, repeat, replace_groups, rollout_logprobs)
 from evaluation import Evaluator, rollout_metrics, sample_with_generate
+from flags import NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, cli
 from modeling import UserError, cache_works, load_causal_lm, sampling_cache
-from runtime import (NonNegFloat, NonNegInt, OnPolicyArgs, PosFloat, PosInt, Run, all_sum, cli,
-                     reference_mode)
+from runtime import Run, all_sum, reference_mode
 
 
 @dataclass
-class Args(OnPolicyArgs):  # inherits the flags that all scripts have: runtime.py
+class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     reward: tuple[str, ...] = ("tiny/reward_model",)

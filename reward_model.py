@@ -34,13 +34,13 @@ from transformers import AutoModelForSequenceClassification, get_scheduler
 from common import (check_room, encode, encode_prompts, load_pairs, load_tokenizer, render,
                     score_ids, score_texts, without_beginning)
 from evaluation import sample_with_generate
+from flags import NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Smoothing, cli
 from modeling import UserError, context_length, embedding_rows, load_causal_lm, load_model
-from runtime import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, Run, Smoothing,
-                     all_sum, cli, gather_objects, global_means)
+from runtime import Run, all_sum, gather_objects, global_means
 
 
 @dataclass
-class Args(PairArgs):  # inherits the flags that all scripts have: runtime.py
+class Args(PairArgs):  # inherits the flags that all scripts have: flags.py
     model: str = "tiny/policy"
     """initial model: folder or hub id of a causal LM, or of a reward model"""
     data: str = "tiny/preferences.jsonl"

@@ -1,16 +1,11 @@
-"""What surrounds an algorithm and changes nothing that is learned: the flags that all scripts
-have, processes and memory, and the run's folder with its log and checkpoints."""
+"""What surrounds an algorithm and changes nothing that is learned: processes and memory, the
+rows of a step, and the run's folder with its log."""
 import contextlib
 import copy
-import dataclasses
 import fcntl
 import importlib.util
-import inspect
-import json
 import math
 import os
-import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -21,259 +16,18 @@ import types
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
 import transformers
-import tyro
 from tqdm import tqdm
 
 from common import (check_room, combine_rewards, load_reward, load_tokenizer,
                     logprobs_of_whole, micro_batches, same_tokens, token_logprobs)
+from flags import RunArgs, json_lines, writable, write_json
 from modeling import (UserError, embedding_rows, first_line, freeze, has_plain_head,
                       load_causal_lm)
-
-# --- flags
-
-BOUNDS = {"more than 0": lambda x: x > 0, "at least 0": lambda x: x >= 0,
-          "from 0 to 1": lambda x: 0 <= x <= 1, "from 0 to below 0.5": lambda x: 0 <= x < 0.5}
-PosInt, PosFloat = Annotated[int, "more than 0"], Annotated[float, "more than 0"]
-NonNegInt, NonNegFloat = Annotated[int, "at least 0"], Annotated[float, "at least 0"]
-Fraction, Smoothing = Annotated[float, "from 0 to 1"], Annotated[float, "from 0 to below 0.5"]
-
-
-KINDS = {int: (int, "a whole number"), float: ((int, float), "a number"),
-         str: ((str, Callable), "text"), bool: (bool, "True or False")}  # a reward is callable
-
-
-@dataclass
-class RunArgs:
-    """Flags of all scripts."""
-    prompt_column: str = "prompt"
-    """column with the prompt: a string or a list of chat messages"""
-    seed: int = 0
-    """random seed; a step's randomness depends on it and on the step's number alone"""
-    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
-    """learning rate after the warmup"""
-    warmup: NonNegInt = 0
-    """updates of linear warmup (0 to 100)"""
-    max_grad_norm: NonNegFloat = 1.0
-    """gradients with a larger norm are scaled down to it (0: none are)"""
-
-    micro_batch_tokens: PosInt = 8192
-    """tokens per pass, padding included: sets memory, not results (16384 to 65536 on a GPU)"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, a third more time"""
-    lora_rank: NonNegInt = 0
-    """train LoRA adapters of this rank (8 to 64), with ten times the --lr (0: all weights)"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of matrix products; weights stay float32 (auto: bfloat16 where faster)"""
-    compile: bool = False
-    """compile the log-probs of large vocabularies: faster after half a minute (needs gcc)"""
-    device: str = "auto"
-    """cuda, cpu, or auto"""
-
-    run_dir: str = ""
-    """new folder for log, samples and checkpoints (default: runs/SCRIPT-DATE-TIME)"""
-    resume: str = ""
-    """run folder to resume from its last checkpoint, with its flags and those given now"""
-    save_every: NonNegInt = 20
-    """steps between checkpoints, besides the one at the end (0: no others)"""
-    keep_checkpoints: PosInt = 1
-    """how many checkpoints to keep, the newest (1 to 5)"""
-    resumable: bool = True
-    """checkpoints hold what --resume needs: 16 bytes per parameter instead of 4"""
-    log_every: PosInt = 5
-    """steps between printed lines"""
-    eval_every: NonNegInt = 20
-    """steps between evaluations, besides those at the start and the end (0: no others)"""
-    tensorboard: bool = False
-    """also write the metrics to RUN/tensorboard"""
-
-    def __new__(cls, **given):
-        self = super().__new__(cls)
-        if "resume" in given:
-            self._given = given  # for __post_init__
-        return self
-
-    def __post_init__(self):
-        given = vars(self).pop("_given", ())
-        if self.resume:  # that run's flags, except for those given now
-            saved = saved_flags(Path(self.resume), type(self))
-            vars(self).update((k, v) for k, v in saved.items() if k not in given)
-            if self.run_dir not in ("", saved["run_dir"]):
-                raise UserError("--run-dir: not with --resume, which writes to that run")
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(getattr(self, name), os.PathLike):
-                setattr(self, name, os.fspath(getattr(self, name)))
-            value, kind = getattr(self, name), getattr(hint, "__origin__", hint)
-            fitting, words = KINDS.get(kind, (object, ""))
-            if not isinstance(value, fitting) or isinstance(value, bool) != (kind is bool):
-                raise UserError(f"{flag}: must be {words}, not {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{flag}: must be a finite number")
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise UserError(f"{flag}: must be one of {', '.join(get_args(hint))}")
-            for bound in getattr(hint, "__metadata__", ()):
-                if bound in BOUNDS and not BOUNDS[bound](value):
-                    raise UserError(f"{flag}: must be {bound}")
-
-
-@dataclass
-class PairArgs(RunArgs):
-    """Flags of the scripts that learn from pairs."""
-    eval_data: str = ""
-    """held-out pairs (default: the last --eval-pairs rows of --data, not trained on)"""
-    eval_pairs: PosInt = 600
-    """number of held-out pairs"""
-    warmup: NonNegInt = 10
-    """updates of linear warmup (a tenth of all)"""
-    save_every: NonNegInt = 100
-    """steps between checkpoints, besides the one at the end (0: no others)"""
-    log_every: PosInt = 20
-    """steps between printed lines"""
-    eval_every: NonNegInt = 0
-    """steps between evaluations, besides those at the start and the end (0: no others)"""
-
-
-@dataclass
-class SampleArgs(RunArgs):
-    """Flags of the scripts that sample completions of held-out prompts."""
-    gold: str = ""
-    """a reward used only in evaluation: a reward model, or file.py:function"""
-    reference: str = ""
-    """model that the KL and the win rate are measured against (default: --model)"""
-    generate_batch_size: PosInt = 512
-    """completions sampled at a time: sets memory (64 to 1024 on a GPU)"""
-    eval_prompts: NonNegInt = 300
-    """held-out prompts to sample completions for (0: none)"""
-    eval_samples: PosInt = 1
-    """completions per held-out prompt (4 to 64 for pass@k of rewards that are 0 or 1)"""
-
-
-@dataclass
-class OnPolicyArgs(SampleArgs):
-    """Flags of the scripts that sample from the policy they train."""
-    eval_data: str = ""
-    """held-out prompts (default: the last --eval-prompts rows of --data, not trained on)"""
-    max_prompt_tokens: NonNegInt = 0
-    """skip rows with longer prompts (0: a prompt that does not fit the context is an error)"""
-    max_kl: NonNegFloat = 0.0
-    """stop after a step with a larger KL, in nats per completion (5 to 50; 0: never)"""
-
-    reward_weights: tuple[float, ...] = ()
-    """factors of the rewards, one each (default: 1)"""
-    reward_combine: Literal["sum", "min", "mean_minus_std"] = "sum"
-    """how several rewards become one (an ensemble of reward models: min or mean_minus_std)"""
-    normalize_rewards: bool = False
-    """bring each reward to mean 0 and std 1 in its group before they are combined (GDPO)"""
-    mask_truncated: bool = False
-    """leave completions that were cut at the length limit out of the loss"""
-    truncation_penalty: NonNegFloat = 0.0
-    """subtracted from the reward of completions that were cut at the length limit"""
-    overlong_window: NonNegInt = 0
-    """the last tokens before the limit, over which that penalty grows (DAPO; 0: no growth)"""
-    importance_cap: NonNegFloat = 0.0
-    """weight a token's loss by pi_old / pi_sampler, at most this, if sampling rounds (2)"""
-    renew_reference_every: NonNegInt = 0
-    """steps after which the reference moves to the policy (100 to 1000; 0: never)"""
-    reference_mix: Fraction = 1.0
-    """how far it moves: 1 copies the policy (a moving average: 0.6, TR-DPO)"""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.reward, str) or callable(self.reward):
-            self.reward = (self.reward,)
-        if not isinstance(self.reward, (tuple, list)) or not self.reward or not all(
-                callable(x) or isinstance(x, (str, os.PathLike)) for x in self.reward):
-            raise UserError("--reward: name one or more models or functions")
-        self.reward = tuple(x if callable(x) else os.fspath(x) for x in self.reward)
-        weights = self.reward_weights
-        if not isinstance(weights, (tuple, list)) or not all(
-                isinstance(x, (int, float)) and math.isfinite(x) for x in weights) or (
-                len(weights) not in (0, len(self.reward))):
-            raise UserError(f"--reward-weights: must be {len(self.reward)} finite numbers, as "
-                            "many as rewards")
-        if self.normalize_rewards and self.group_size < 2:
-            raise UserError("--normalize-rewards: needs a --group-size of 2 or more")
-        if self.overlong_window and not (
-                self.truncation_penalty and self.overlong_window <= self.max_new_tokens):
-            raise UserError("--overlong-window: needs a --truncation-penalty, and is at most "
-                            "--max-new-tokens")
-        if self.renew_reference_every and not (self.beta or self.reference or self.max_kl):
-            raise UserError("--renew-reference-every: --beta 0 has no reference")
-        if self.renew_reference_every and self.lora_rank:
-            raise UserError("--renew-reference-every: not with --lora-rank, where the "
-                            "reference is the policy without its adapter")
-        if self.data == "tiny/prompts.jsonl":  # the tiny world brings its own
-            self.eval_data = self.eval_data or "tiny/heldout.jsonl"
-            self.gold = self.gold or "tiny/world.py:gold_reward"
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.minibatches * processes > self.prompts_per_step * self.group_size:
-            raise UserError("--minibatches: more than a process has completions in a step")
-
-
-def cli(main, Args, description: str):
-    """Parses the command line and runs main. A user's mistake ends in one line and code 2."""
-    Args.__dataclass_fields__ = {  # --help lists the script's own flags first
-        name: Args.__dataclass_fields__[name] for cls in Args.__mro__
-        for name in inspect.get_annotations(cls)}
-    sys.stdout, sys.stderr = Shown(sys.stdout), Shown(sys.stderr)
-    if {"-h", "--help"} & set(sys.argv):
-        print(description)
-    try:
-        resume = re.findall("(?<=\0)--resume[=\0]([^\0]*)", "\0".join(sys.argv))
-        if resume and not resume[-1]:
-            raise UserError("--resume: names no run folder")
-        if sys.argv.count("--reward") > 1:
-            raise UserError("--reward: given twice: name all rewards after one")
-        saved = resume and hasattr(Args, "resume")  # its flags are the defaults
-        main(tyro.cli(Args, description="", **({"default": Args(resume=resume[-1])} if saved
-                                               else {})))
-    except KeyboardInterrupt:  # before the first step, or the second one
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        save_last_step()
-        hint = "".join(hint for words, hint in HINTS.items() if re.search(words, repr(error)))
-        if not (isinstance(error, (UserError, OSError)) or hint):
-            raise
-        if rank() > 0:
-            time.sleep(3)  # the first process says the same, unless this one fails alone
-        line = str(error) if isinstance(error, UserError) else first_line(error)[:100]
-        print(f"error: {line}{hint}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-class Shown:
-    """A stream on which a letter that a terminal lacks, a closed pipe, or a terminal that has
-    gone away ends no run."""
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
-        self.stream.reconfigure(errors="replace")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            return self.stream.write(text)
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            self.stream = open(os.devnull, "w")
-
-    def flush(self):
-        with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
 
 
 def save_last_step():
@@ -283,27 +37,6 @@ def save_last_step():
         with contextlib.suppress(UserError):
             run.save(run.step_done)
             print(f"saved step {run.step_done}" + run.to_continue())
-
-
-HINTS = {  # words of an error of torch -> what to do
-    "out of memory|allocate memory|not enough memory|MemoryError":
-        ": out of memory: lower --micro-batch-tokens or --generate-batch-size, or use "
-        "--gradient-checkpointing, --lora-rank or --dtype bfloat16",
-    "probability tensor|device-side assert":
-        ": the policy's probabilities are not finite: lower --lr, or use --dtype float32; "
-        "--resume continues from the newest checkpoint"}
-
-
-def saved_flags(run_dir: Path, Args) -> dict:
-    """The flags in a run's args.json."""
-    flags = read_json(run_dir / "args.json", f"--resume {run_dir}")
-    if flags.pop("ran_with", None) is None:
-        raise UserError(f"--resume {run_dir}: made by an older version of this script, which "
-                        "cannot be resumed: start a new run")
-    if unknown := set(flags) - {field.name for field in dataclasses.fields(Args)}:
-        raise UserError(f"--resume {run_dir}: a run of another script: it has "
-                        f"--{min(unknown).replace('_', '-')}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
 
 
 # --- processes
@@ -362,6 +95,7 @@ HOPELESS = {  # a metric of every step -> what it means if it stays 1
     "truncated":
         "no completion ended before --max-new-tokens, and the reward sees what was cut. Raise "
         "it, or check that the model writes its end of sequence"}
+
 LOCKS = weakref.WeakValueDictionary()  # path: open file
 
 
@@ -736,7 +470,8 @@ class Run:
             self._open()
         gather_objects([])  # the others wait
         if self.args.resume:
-            self._load()
+            import checkpoints
+            checkpoints.load(self)
         step = self.state["step"]
         if self.rank == 0:
             flags = {k: writable(v) for k, v in vars(self.args).items()} | {"resume": ""}
@@ -764,6 +499,7 @@ class Run:
                       f", gradients and AdamW moments ({tuned / 1e6:.2f} M trained)"
                       if tuned else ""))
 
+
     def _open(self):
         """Makes the run's folder, locks it against other processes, and checks its disk."""
         try:
@@ -787,161 +523,13 @@ class Run:
                             f"checkpoint takes {needed / 2**30:.1f}: make room, or lower "
                             "--keep-checkpoints")
 
-    def _load(self):
-        """Loads the last checkpoint, and takes the run's folder back to it."""
-        import torch.distributed.checkpoint as dcp  # here, since --help needs none of it
-        where = f"--resume {self.dir}"
-        if not self.checkpoints():
-            raise UserError(f"{where}: it has no checkpoint yet: start a new run")
-        step, folder = self.checkpoints()[-1]
-        if not (folder / "resume").is_dir():
-            raise UserError(f"{where}: {folder} was saved with --no-resumable")
-        before = read_json(self.dir / "args.json", where)
-        every = getattr(self.args, "renew_reference_every", 0)
-        if bool(every) != bool(before.get("renew_reference_every")) or every and (
-                self.args.reference != before["reference"]):
-            raise UserError(f"{where}: --renew-reference-every cannot be switched on or off, "
-                            "nor the --reference changed that it renews")
-        saved = read_json(folder / "resume/state.json", where)
-        try:
-            self.state = {name: saved[name] for name in self.state}
-            for count in (saved["step"], *saved["updates"].values()):
-                if type(count) is not int or not 0 <= count < 10**8:
-                    raise UserError(f"{count!r} is no number of steps")
-            if self.rank == 0 and saved["checksums"] != checksums(folder / "resume"):
-                raise UserError("a file has changed since it was written")
-            MetadataOnly(open(folder / "resume/.metadata", "rb")).load()
-            with warnings.catch_warnings(action="ignore"):
-                dcp.load(self._tensors(), checkpoint_id=folder / "resume",
-                         no_dist=not dist.is_initialized())
-                for name, (_, _, scheduler) in self.trained.items():
-                    for _ in range(saved["updates"][name]):
-                        scheduler.step()
-        except (Exception, dcp.api.CheckpointException) as error:
-            raise UserError(f"{where}: {folder} is damaged, or does not fit these flags: "
-                            f"{last_line(error)}")
-        gather_objects([])  # all have read it
-        if self.rank == 0:
-            for part in self.dir.glob("*.part"):  # what a kill left half written
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
-            for path in [self.dir / name for name in ("metrics.jsonl", "samples.jsonl")]:
-                try:
-                    text = path.read_text(encoding="utf-8") if path.exists() else ""
-                    write_whole(path, "".join(
-                        line for line in text.splitlines(keepends=True)
-                        if line.endswith("\n") and json.loads(line)["step"] <= step))
-                except (ValueError, TypeError, KeyError):
-                    raise UserError(f"{where}: {path} has a line that no run has written")
-        gather_objects([])
-
     def save(self, step: int):
-        """RUN/checkpoint-STEP: what from_pretrained loads, and in resume/ what --resume needs.
-        It has its name only when it is complete, so a kill leaves no half of one."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import (StateDictOptions,
-                                                             get_model_state_dict)
-        folder, part = self.dir / f"checkpoint-{step}", self.dir / f"checkpoint-{step}.part"
-        self.state["step"] = step
-        finite = [weight.isfinite().all() for model, _, _ in self.trained.values()
-                  for weight in map(local, model.parameters())]
-        if any(gather_objects([not torch.stack(finite).all().item()])):
-            raise UserError(f"{folder}: not written: the weights are not finite: lower --lr "
-                            "(earlier checkpoints are untouched)")
-        updates = {name: trained[2].last_epoch for name, trained in self.trained.items()}
-        try:
-            if self.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir()
-            gather_objects([])
-            if self.args.resumable:
-                with warnings.catch_warnings(action="ignore"):
-                    dcp.save(self._tensors(), checkpoint_id=part / "resume",
-                             no_dist=not dist.is_initialized())
-            model, _, _ = next(iter(self.trained.values()))
-            to_save, = getattr(model, "adapter", [model])
-            weights = get_model_state_dict(to_save, options=StateDictOptions(
-                full_state_dict=True, cpu_offload=True)) if dist.is_initialized() else None
-            if self.rank == 0:
-                to_save.save_pretrained(part, state_dict=weights)
-                model.config.architectures = [type(model).__name__]
-                # beside an adapter, transformers would take its config for a whole model's
-                model.config.save_pretrained(part if to_save is model else part / "model")
-                self.tokenizer.save_pretrained(part)
-                if self.args.resumable:
-                    write_json(part / "resume/state.json", self.state | {
-                        "updates": updates, "checksums": checksums(part / "resume")})
-                part.rename(folder)
-                self.unsaved = False
-                for _, old in self.checkpoints()[:-self.args.keep_checkpoints]:
-                    shutil.rmtree(old)
-        except (Exception, dcp.api.CheckpointException) as error:  # each library has its own
-            shutil.rmtree(part, ignore_errors=True)
-            raise UserError(f"{folder}: not written: {last_line(error)} (earlier checkpoints "
-                            "are untouched)")
-        if self.stopped:
-            print(f"stopped after step {step}" + self.to_continue())
-        if step == self.steps:
-            print(f"the trained model is in {folder}")
+        """Writes RUN/checkpoint-STEP."""
+        import checkpoints
+        checkpoints.save(self, step)
 
     def to_continue(self) -> str:
         return f"; to continue: --resume {self.dir}" if self.args.resumable else ""
-
-    def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of the complete checkpoints, the newest last."""
-        return sorted((int(folder.name.rpartition("-")[2]), folder)
-                      for folder in self.dir.glob("checkpoint-*")
-                      if re.fullmatch(r"checkpoint-\d+", folder.name))
-
-    def _tensors(self) -> dict:
-        """Weights and AdamW moments by name; the moments are zero before the first update."""
-        tensors = {}
-        self.reshard(*(model for model, _, _ in self.trained.values()),
-                     *(model for _, model in self.frozen))
-        for name, (model, optimizer, _) in self.trained.items():
-            for key, weight in model.named_parameters():
-                if weight.requires_grad:
-                    moments = optimizer.state[weight]
-                    if not moments:
-                        moments |= {"step": torch.zeros((), device=weight.device),
-                                    "exp_avg": torch.zeros_like(weight),
-                                    "exp_avg_sq": torch.zeros_like(weight)}
-                    tensors[f"{name}.{key}"] = weight.detach()
-                    tensors |= {f"{name}.{key}.{k}": v.detach() for k, v in moments.items()}
-        if getattr(self.args, "renew_reference_every", 0):
-            tensors |= {f"reference.{key}": weight.detach() for key, weight in
-                        self.reference.named_parameters()}
-        return tensors
-
-
-class MetadataOnly(pickle.Unpickler):
-    """Reads the index of a checkpoint, which is a pickle, and runs nothing but its classes."""
-    CLASSES = {  # not BytesStorageMetadata: what it names would be unpickled by dcp.load
-        "torch": ["Size"], "torch.serialization": ["_get_layout"], "pathlib": ["PosixPath"],
-        "torch.distributed.checkpoint.metadata": [
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"],
-        "torch.distributed.checkpoint.filesystem": ["_StorageInfo"]}
-
-    def find_class(self, module, name):
-        if name in self.CLASSES.get(module, ()) or (
-                module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
-            return super().find_class(module, name)
-        raise UserError(f"its .metadata would run {module}.{name}")
-
-
-def checksums(folder: Path) -> dict:
-    """The CRC-32 of each file in a folder but state.json, which holds them."""
-    sums = {}
-    for path in sorted(folder.iterdir()):
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(2**24), b""):
-                sums[path.name] = zlib.crc32(block, sums.get(path.name, 0))
-    return {name: value for name, value in sums.items() if name != "state.json"}
-
-
-def local(weight):
-    """This process's part of a weight."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def finish_step_on_interrupt(run: Run):
@@ -972,41 +560,3 @@ def versions(device) -> dict:
             "commit": commit or None}
 
 
-def last_line(error: BaseException) -> str:
-    """torch.distributed ends its messages with the reason."""
-    return first_line(Exception(*str(error).strip().splitlines()[-1:]))
-
-
-def read_json(path: Path, where: str) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {path} cannot be read: {first_line(error)}")
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: {path} cannot be read: it holds no JSON object")
-    return value
-
-
-def writable(value):
-    """A flag's value as args.json has it: a function by its name, a tuple as a list."""
-    if isinstance(value, tuple):
-        return [writable(x) for x in value]
-    return getattr(value, "__name__", repr(value)) if callable(value) else value
-
-
-def json_lines(rows: list[dict]) -> str:
-    """Rows as lines of JSON, which has no nan or infinity: such values are left out."""
-    return "".join(json.dumps({
-        name: value for name, value in row.items()
-        if not isinstance(value, float) or math.isfinite(value)}) + "\n" for row in rows)
-
-
-def write_json(path: Path, value: dict):
-    write_whole(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str):
-    """Writes a file so that a kill leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)

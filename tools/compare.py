@@ -39,8 +39,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import as_messages, encode_prompts, load_function, load_tokenizer, read_prompts  # noqa: E402
 from evaluation import sample_with_generate, wilson_interval  # noqa: E402
+from flags import NonNegInt, PosFloat, PosInt, RunArgs, cli  # noqa: E402
 from modeling import UserError, context_length, first_line, freeze, load_causal_lm  # noqa: E402
-from runtime import NonNegInt, PosFloat, PosInt, Run, RunArgs, cli  # noqa: E402
+from runtime import Run  # noqa: E402
 
 CHOICES = "1", "2", "=", "s"
 

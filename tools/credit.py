@@ -24,10 +24,12 @@ import torch.distributed.checkpoint as dcp
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from checkpoints import complete, last_line  # noqa: E402
 from common import as_messages, kl_estimate, load_prompts, load_tokenizer, masked_whiten, rollout_logprobs  # noqa: E402
 from evaluation import shorten  # noqa: E402
+from flags import PosInt, RunArgs, cli, read_json  # noqa: E402
 from modeling import UserError, load_causal_lm  # noqa: E402
-from runtime import PosInt, Run, RunArgs, cli, last_line, read_json, reference_mode  # noqa: E402
+from runtime import Run, reference_mode  # noqa: E402
 
 
 @tyro.conf.configure(tyro.conf.PositionalRequiredArgs)
@@ -55,9 +57,9 @@ def load_run(folder: str, device: str):
     args = script.Args(**{name: flags[name] for name in names} | {
         "resume": folder, "device": device, "tensorboard": False})
     run = Run(args, script.__file__)
-    if not run.checkpoints():
+    if not complete(run.dir):
         raise UserError(f"{folder}: has no checkpoint yet")
-    _, checkpoint = run.checkpoints()[-1]
+    _, checkpoint = complete(run.dir)[-1]
     run.state = read_json(checkpoint / "resume/state.json", folder)
     models = {"policy": run.trainable(load_causal_lm(args.model, run.device))}
     run.reward = run.load_reward(args.reward)

@@ -20,8 +20,8 @@ if __name__ == "__main__":
 import tyro  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from flags import PosInt, RunArgs, cli  # noqa: E402
 from modeling import UserError  # noqa: E402
-from runtime import PosInt, RunArgs, cli  # noqa: E402
 
 # close to Okabe and Ito's hues, with a contrast of at least 3:1 to white and to GitHub's dark page
 COLORS = ["#0067e0", "#c28600", "#cc249f", "#296b65", "#0099f0", "#a34800"]

@@ -118,6 +118,8 @@ VARIANTS = {  # the loss, updates per rollout (2 x 2: epochs, minibatches), boun
         dpo_loss_of_pairs("sigmoid", 0.2, label_smoothing=0.2, robust=True), 1, CLOSE),
     "IPO": (dpo_loss_of_pairs("ipo"), 1, FAR),
     "hinge": (dpo_loss_of_pairs("hinge"), 1, FAR),
+    "APO-zero": (dpo_loss_of_pairs("apo_zero"), 1, FAR),
+    "APO-down": (dpo_loss_of_pairs("apo_down"), 1, FAR),
 }
 
 
@@ -141,6 +143,17 @@ def test_where_it_converges(world, trained, name):
     p, stopped = trained[name]
     assert low <= distance(p, world.optimum()) <= high
     assert stopped == (updates > 1)  # the clip was active where there is one
+
+
+def test_apo_zero_keeps_only_what_wins_more_than_half(world, trained):
+    # its loss is a sum over completions of ref(y) * (P(y loses) - P(y wins)) * sigmoid(beta
+    # log(pi / ref)): it falls without end for those that lose more often than they win
+    ref = world.probs(world.ref)
+    wins = (world.rewards[:, None] - world.rewards).sigmoid() @ ref  # against the reference's
+    p, _ = trained["APO-zero"]
+    print(f"APO-zero: mass on completions that lose more often than they win: "
+          f"{ref[wins < 0.5].sum():.3f} -> {p[wins < 0.5].sum():.3f}")
+    assert p[wins < 0.5].sum() < 0.05 < ref[wins < 0.5].sum()
 
 
 def test_the_optimum_is_neither_the_reference_nor_one_completion(world):

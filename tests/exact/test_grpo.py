@@ -3,13 +3,18 @@
 `python -m pytest -n 0 -s tests/exact/test_grpo.py` prints how far each variant converges from
 pi_ref * exp(r / beta) / Z, in total variation.
 """
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import common
+from common import Rollout, combine_rewards, replace_groups
 from grpo import group_advantages, kl_loss, policy_loss, token_weights
 from helpers.exact import (BETA, CLIP, World, angle, distance, exact_gradient, flat_groups,
-                           some_policy)
+                           some_policy, world_of_lengths)
 from helpers.unit import refuses
+from runtime import Run
 
 
 # --- the gradient
@@ -144,6 +149,51 @@ def test_sapo_weighs_a_token_less_the_farther_its_ratio_is_from_1():
     torch.testing.assert_close(found, -advantages[:, None] * ratio * weight)
 
 
+def test_resampling_makes_the_gradient_longer_and_does_not_turn_it():
+    # DAPO: rewards of 0 or 1, two prompts, all groups of 2, replaced once if they are flat. By
+    # enumeration, with the functions of the script: the gradient without it, times 1 + f, f being
+    # how often a group is flat
+    worlds = [World(1, seed=1), World(1, seed=2)]
+    tables = [some_policy(world).requires_grad_() for world in worlds]
+    logprobs = torch.cat([world.logprobs(table) for world, table in zip(worlds, tables)])  # (8, 1)
+    rewards = torch.tensor([0, 0, 1.0, 0, 1, 1, 0, 1], dtype=torch.float64)  # 4 per prompt
+    outcomes = torch.cat([flat_groups(torch.arange(4)), flat_groups(torch.arange(4, 8))])
+    outcomes = outcomes.view(-1, 2)  # (32, 2), each prompt's groups
+    chance = logprobs.detach().exp()[outcomes, 0].prod(1) / 2  # (32,)
+
+    def step(outcomes):
+        """The prompts, rollout and scores of one group for each outcome."""
+        ids = outcomes.flatten()[:, None]
+        one = torch.ones_like(ids)
+        rollout = Rollout(one, one, ids, one, NoText, torch.arange(8))
+        return list(range(len(outcomes))), rollout, rewards[ids[:, 0]]
+
+    def gradient(rollout, scores, chance):
+        A = group_advantages(scores, 2, "none")  # (groups * 2,)
+        new = logprobs[rollout.completion_ids[:, 0]]
+        loss, _, _ = policy_loss(new, new.detach(), A, torch.ones_like(new), "dapo", *CLIP)
+        return torch.cat(torch.autograd.grad(
+            (chance.repeat_interleave(2) * loss[:, 0]).sum(), tables, retain_graph=True))
+
+    _, rollout, scores = step(outcomes)
+    without = gradient(rollout, scores, chance)
+    f = chance[common.flat_groups(scores, 2)].sum()
+    both = torch.cartesian_prod(torch.arange(32), torch.arange(32))  # first group, the next one
+    first = step(outcomes[both[:, 0]])
+    flat = common.flat_groups(first[2], 2)
+    second = step(outcomes[both[flat, 1]])  # only as many as are needed
+    _, rollout, scores = replace_groups(flat, first, second)
+    found = gradient(rollout, scores, chance[both].prod(1))
+    assert 0.3 < f < 0.9 and without.norm() > 0.01
+    torch.testing.assert_close(found, without * (1 + f))
+
+
+class NoText:
+    """A tokenizer for rollouts of which no text is read."""
+    chat_template = "none"
+    batch_decode = staticmethod(lambda rows: [""] * len(rows))
+
+
 # --- where training converges
 
 def test_a_renewed_reference_goes_on_from_where_it_was():
@@ -153,8 +203,65 @@ def test_a_renewed_reference_goes_on_from_where_it_was():
         p = train(world, "reward", "", "none", GROUPS_OF_2)
         optimum = (World(2).ref_logprobs.sum(1) + n * world.rewards / BETA).softmax(0)
         assert distance(p, optimum) < 0.02
-        world.ref_logprobs, table = conditionals(world, p), world.ref
+        world.ref_logprobs = conditionals(world, p)
         assert torch.allclose(world.ref_logprobs.sum(1).exp(), p, atol=1e-6)
+
+
+def test_a_moving_average_goes_part_of_the_way():
+    # completions of one token: moved by a part m, the reference is pi_ref * exp(m r / beta) / Z,
+    # so after n periods the policy is pi_ref * exp((1 + (n - 1) m) r / beta) / Z
+    world, m = World(1), 0.6
+    reference, policy = (torch.nn.ParameterList([world.ref.clone()]) for _ in range(2))
+    run = SimpleNamespace(args=SimpleNamespace(renew_reference_every=5, reference_mix=m),
+                          reshard=lambda *models: None)
+    for n in (1, 2, 3):
+        p = train(world, "reward", "", "none", GROUPS_OF_2)
+        optimum = (World(1).ref_logprobs.sum(1) + (1 + (n - 1) * m) * world.rewards / BETA).softmax(0)
+        assert distance(p, optimum) < 0.02
+        policy[0].data = conditionals(world, p).view(1, 4)
+        Run.renew_reference(run, 5 * n - 1, policy, reference)  # not due: nothing moves
+        assert torch.equal(reference[0], world.ref)
+        Run.renew_reference(run, 5 * n, policy, reference)
+        world.ref = reference[0].data.clone()
+        world.ref_logprobs = world.logprobs(world.ref)
+
+
+def test_the_overlong_penalty_leads_to_the_optimum_of_what_it_pays():
+    # completions of 1, 2 and 3 tokens pay 0, 1/2 and 1 of the penalty in a window of 2
+    world, penalty = world_of_lengths(), 1.5
+    lengths = world.mask.sum(1)
+    paid = Rollout.overlong(SimpleNamespace(mask=world.mask), SimpleNamespace(
+        max_new_tokens=3, overlong_window=2))
+    world.rewards = world.rewards - penalty * paid
+    by_hand = world_of_lengths().rewards - penalty * torch.tensor([0, 0, 0.5, 1])[lengths.long()]
+    optimum = (world.ref_logprobs.sum(1) + by_hand / BETA).softmax(0)
+    p = train(world, "reward", "", "none", GROUPS_OF_2)
+    assert distance(p, optimum) < 0.02
+    assert p @ lengths < world_of_lengths().optimum() @ lengths - 0.3  # answers are shorter
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_normalized_rewards_count_by_their_ranks_and_not_by_their_unit(unit):
+    # GDPO in groups of 2: each reward is +-1 / sqrt(2), by which completion has more of it. So
+    # training ends where pi = pi_ref * exp(sqrt(2) * sum of E[sign(r(y) - r(y'))] / beta) / Z,
+    # whatever the second reward is multiplied by; summed as they are, the larger one decides
+    world, other = World(2), World(2, seed=4).rewards * unit
+    values = {"first": world.rewards, "second": other}
+    pairs = flat_groups(torch.arange(len(other)))
+    rows = [row for row in [{"prompt": i} for i in range(len(pairs) // 2)] for _ in range(2)]
+    scores = combine_rewards({name: lambda rows, completions, v=v: v[pairs] for name, v in
+                              values.items()}, normalize=True)(rows, [""] * len(rows))
+
+    def advantages(less_kl, p, scale):  # (Y,); less_kl: the KL's part of the reward
+        A = group_advantages(scores + flat_groups(less_kl), 2, scale)
+        return A.view(len(p), len(p), 2)[:, :, 0] @ p
+
+    world.rewards = torch.zeros_like(world.rewards)
+    p = train(world, "reward", "", "none", advantages)
+    ranks = 2 ** 0.5 * sum((v[:, None] - v).sign() @ p for v in values.values())
+    assert distance(p, (world.ref_logprobs.sum(1) + ranks / BETA).softmax(0)) < 0.02
+    summed = (world.ref_logprobs.sum(1) + sum(values.values()) / BETA).softmax(0)
+    assert distance(p, summed) > 0.2
 
 
 def conditionals(world, p):
@@ -165,6 +272,7 @@ def conditionals(world, p):
                           .double().mul(p[:, None]).sum()
                           for i in range(len(p)) for t in range(world.ids.shape[1])])
     return (tokens.view_as(world.mask) / rows[world.row]).log()
+
 
 def advantages_in_large_groups(rewards, p, scale: str):
     """The limit of large groups: the mean and the std are those of the policy."""

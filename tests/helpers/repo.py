@@ -12,7 +12,7 @@ from modeling import UserError
 ROOT = Path(__file__).parent.parent.parent
 ON_POLICY = ["grpo.py", "ppo.py", "reinforce.py"]
 SCRIPTS = [*ON_POLICY, "dpo.py", "reward_model.py"]
-MODULES = ["common.py", "modeling.py", "runtime.py", "evaluation.py"]
+MODULES = ["common.py", "modeling.py", "flags.py", "runtime.py", "checkpoints.py", "evaluation.py"]
 MARK = re.compile(r"^\s*# (?:--- (.+)|(\d\. .+))$")
 
 

@@ -17,7 +17,7 @@ import grpo
 import ppo
 import reinforce
 import reward_model
-import runtime
+from flags import cli
 
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # a line per tensor, which pytest would keep
@@ -89,7 +89,7 @@ def command(name: str, *argv, **flags):
         argv += (f"--{flag if value else f'no-{flag}'}",) if isinstance(value, bool) else (f"--{flag}", value)
     try:
         sys.argv = [f"{name}.py", *map(str, argv)]
-        runtime.cli(SCRIPTS[name].main, SCRIPTS[name].Args, SCRIPTS[name].__doc__)
+        cli(SCRIPTS[name].main, SCRIPTS[name].Args, SCRIPTS[name].__doc__)
     finally:
         sys.argv = before
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,8 +9,9 @@ from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCaus
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
 
 from common import pad
+from flags import RunArgs
 from modeling import UserError
-from runtime import Run, RunArgs
+from runtime import Run
 
 nan = float("nan")
 V, EOS, PAD = 40, 1, 0  # of the small models

@@ -116,7 +116,7 @@ def commands(source: str) -> list[list[str]]:
 def flags_of(script: str) -> set[str]:
     """The names of a script's flags: the annotated fields of its Args and the classes that it extends, or what it
     gives argparse."""
-    classes = {node.name: node for path in (script, "runtime.py") for node in ast.parse(read(path)).body
+    classes = {node.name: node for path in (script, "flags.py") for node in ast.parse(read(path)).body
                if isinstance(node, ast.ClassDef)}
     if "Args" not in classes:
         return set(re.findall(r"add_argument\(\s*\"--([\w-]+)\"", read(script)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.repo import MODULES, ON_POLICY, SCRIPTS, imported, read, sections
+from helpers.repo import MODULES, SCRIPTS, imported, read, sections
 
 RESAMPLING = "dynamic sampling (DAPO, eq. 11): groups of equal scores are replaced"  # only in grpo.py
 OF_THE_ALGORITHM = {"(head)", "flags of the algorithm", "the algorithm", "setup of the algorithm", "4. advantages",
@@ -74,16 +74,18 @@ def test_no_file_imports_a_script(path):
 
 
 def test_each_shared_file_needs_only_those_before_it():
-    names = [name.removesuffix(".py") for name in ("modeling.py", "common.py", "runtime.py", "evaluation.py")]
+    names = ["modeling", "flags", "common", "runtime", "checkpoints", "evaluation"]
     assert {f"{name}.py" for name in names} == set(MODULES)
+    later = {"flags": {"runtime"}, "runtime": {"checkpoints"}}  # imported by a function, when it is called
     for i, name in enumerate(names):
-        assert set(imported(read(f"{name}.py"))) & set(names) == set(names[:i]), name
+        needed = set(imported(read(f"{name}.py"))) & set(names)
+        assert needed - later.get(name, set()) <= set(names[:i]), name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_imports_at_most_34_names_of_the_other_files(script):
     found = imported(read(script))
-    names = [name for module in ("common", "modeling", "runtime", "evaluation") for name in found[module]]
+    names = [name for module in MODULES for name in found.get(module.removesuffix(".py"), [])]
     assert 10 < len(names) <= 34, names
 
 

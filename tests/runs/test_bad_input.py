@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 import common
 import modeling
-from helpers.runs import PAIRWISE, SCRIPTS, fails, read, run
+from helpers.runs import PAIRWISE, SCRIPTS, fails, run
 
 ONE_STEP = dict(steps=1, prompts_per_step=3, group_size=4, max_new_tokens=8, eval_prompts=2, data="@/prompts.jsonl")
 FLAGS = {"grpo": ONE_STEP, "ppo": ONE_STEP, "reinforce": ONE_STEP,

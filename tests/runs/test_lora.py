@@ -1,6 +1,5 @@
 """Low-rank adapters (--lora-rank), with the library peft."""
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 import common
 import modeling
 import runtime
-from helpers.runs import (ON_POLICY, TORCHRUN, checkpoints, command, evaluations_of, fails, last_checkpoint, process,
+from helpers.runs import (TORCHRUN, command, evaluations_of, fails, last_checkpoint, process,
                           read, rows_of_data, run, small_flags, steps_of, without_times)
 
 LORA = dict(lora_rank=4, lr=1e-2)

@@ -21,8 +21,9 @@ import torch.distributed.checkpoint as dcp
 import common
 import grpo
 import runtime
+from checkpoints import MetadataOnly, checksums
+from flags import RunArgs, Shown, json_lines
 from helpers.runs import ENV, ROOT, checkpoints, command, fails, process, read, run, small_flags, steps_of
-from runtime import RunArgs, json_lines
 
 ONE = dict(steps=1, eval_prompts=0, gold="")
 
@@ -172,12 +173,12 @@ def test_a_checkpoints_index_runs_nothing(damaged, tmp_path, capsys):
     folder = damaged / "checkpoint-1/resume"
     (folder / ".metadata").write_bytes(pickle.dumps(Attack()))
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"checksums": runtime.checksums(folder)}))
+    (folder / "state.json").write_text(json.dumps(state | {"checksums": checksums(folder)}))
     assert ".metadata would run posix.system" in fails(capsys, "grpo", resume=damaged, steps=2)
     assert not (tmp_path / "ran").exists()
     for name in ("os.system", "os"):
         with pytest.raises((common.UserError, AttributeError)):
-            found = runtime.MetadataOnly(io.BytesIO()).find_class("torch.distributed.checkpoint.filesystem", name)
+            found = MetadataOnly(io.BytesIO()).find_class("torch.distributed.checkpoint.filesystem", name)
             assert not callable(found)
             raise AttributeError
 
@@ -193,12 +194,12 @@ def test_a_checkpoints_index_names_no_pickled_object_and_no_function(damaged, tm
     for path in folder.iterdir():
         path.unlink()
     dcp.save(tensors, checkpoint_id=folder, no_dist=True)
-    (folder / "state.json").write_text(json.dumps(state | {"checksums": runtime.checksums(folder)}))
+    (folder / "state.json").write_text(json.dumps(state | {"checksums": checksums(folder)}))
     assert "BytesStorageMetadata" in fails(capsys, "grpo", resume=damaged, steps=2)
     assert not (tmp_path / "ran").exists()
     for module, name in (("format_utils", "dcp_to_torch_save"), ("state_dict_loader", "load")):
         with pytest.raises(common.UserError):
-            runtime.MetadataOnly(io.BytesIO()).find_class(f"torch.distributed.checkpoint.{module}", name)
+            MetadataOnly(io.BytesIO()).find_class(f"torch.distributed.checkpoint.{module}", name)
 
 
 def keys_of(folder) -> list[str]:
@@ -288,7 +289,7 @@ def test_a_terminal_that_has_gone_away_ends_no_run(tmp_path):
         def write(self, text):
             raise OSError(5, "Input/output error")
         flush = write
-    shown = runtime.Shown(Gone())
+    shown = Shown(Gone())
     for _ in range(2):
         print("a line", file=shown, flush=True)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in small_flags("grpo", tmp_path / "run", **ONE).items()]

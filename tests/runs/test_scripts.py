@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import modeling
-import runtime
-from helpers.runs import (GOLD, ON_POLICY, PAIRWISE, ROOT, SCRIPTS, checkpoints, command, evaluations_of, fails,
-                          last_checkpoint, process, read, rows_of_data, run, same_tensors, small_flags, steps_of,
-                          tensors, weights, without_times, write)
+from helpers.repo import MODULES
+from helpers.runs import (ON_POLICY, PAIRWISE, ROOT, SCRIPTS, checkpoints, command, evaluations_of, fails,
+                          last_checkpoint, process, read, run, small_flags, steps_of,
+                          tensors, weights, write)
 
 HALF = """
 def half(completions, **columns):
@@ -59,11 +59,11 @@ def test_a_misspelled_flag_is_named_and_nothing_runs(tmp_path, monkeypatch, caps
 
 
 def test_a_copied_file_runs_in_an_empty_folder(tmp_path):
-    """A script and the four files it imports. (One process runs all five: most of its time is imports.)"""
+    """A script and the six shared files. (One process runs all five: most of its time is imports.)"""
     code = ["import os, runpy, sys"]
     for name in SCRIPTS:
         (folder := tmp_path / name).mkdir()
-        for file in (f"{name}.py", "common.py", "modeling.py", "evaluation.py", "runtime.py"):
+        for file in (f"{name}.py", *MODULES):
             shutil.copy(ROOT / file, folder)
         write(folder / "rows.jsonl", *[{"prompt": f"what is {w} ?", "chosen": "yes .", "rejected": "no ."}
                                        for w in "a b c d e f".split()])
@@ -73,7 +73,7 @@ def test_a_copied_file_runs_in_an_empty_folder(tmp_path):
         argv += ["--eval-pairs", "2"] if name in PAIRWISE else [
             "--reward", "my.py:short", "--steps", "1", "--prompts-per-step", "2", "--group-size", "2"]
         argv += ["--bias-prompts", "2"] if name == "reward_model" else ["--eval-prompts", "2"]
-        code += ["for module in ('common', 'modeling', 'evaluation', 'runtime'):", "    sys.modules.pop(module, None)",
+        code += [f"for module in {[module.removesuffix('.py') for module in MODULES]}:", "    sys.modules.pop(module, None)",
                  f"os.chdir({str(folder)!r}); sys.path[0] = {str(folder)!r}", f"sys.argv = {[name, *argv]}",
                  f"runpy.run_path('{name}.py', run_name='__main__')",
                  f"assert sys.modules['runtime'].__file__.startswith({str(folder)!r})"]

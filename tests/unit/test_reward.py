@@ -244,7 +244,8 @@ def test_a_mistake_is_one_line_on_stderr(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "causal")
     program = """
 import sys
-from runtime import Run, RunArgs, cli
+from flags import RunArgs, cli
+from runtime import Run
 def main(args):
     Run(args, "x.py").load_reward(name)([{"prompt": "is"}], ["it " * 300])
 *names, last = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""runtime.py: flags and their bounds, the rows of a step, statistics, the log, and what the command line prints.
+"""flags.py and runtime.py: flags and their bounds, the rows of a step, statistics, the log, and what the command line prints.
 Runs with checkpoints, with LoRA and with several processes are in tests/runs."""
 import dataclasses
 import json
@@ -19,8 +19,9 @@ import ppo
 import reinforce
 import reward_model
 import runtime
+from flags import RunArgs, cli, json_lines, read_json, saved_flags, write_json, write_whole
 from helpers.unit import V, llama, make_run, nan, refuses
-from runtime import Run, RunArgs, cli
+from runtime import Run
 
 SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce, "dpo": dpo, "reward_model": reward_model}
 ON_POLICY = ["grpo", "ppo", "reinforce"]
@@ -163,18 +164,18 @@ def test_saved_flags(tmp_path, monkeypatch, capsys):
     def save(**flags):
         path.write_text(json.dumps(flags))
     save(**dataclasses.asdict(grpo.Args(lr=1e-6)), ran_with={"torch": "2"})
-    flags = runtime.saved_flags(tmp_path, grpo.Args)
+    flags = saved_flags(tmp_path, grpo.Args)
     assert grpo.Args(**flags) == grpo.Args(lr=1e-6)
-    refuses(lambda: runtime.saved_flags(tmp_path, ppo.Args), f"--resume {tmp_path}", "another script", "--kl-estimator")
+    refuses(lambda: saved_flags(tmp_path, ppo.Args), f"--resume {tmp_path}", "another script", "--kl-estimator")
     # on the command line, flags given now win over the run's
     seen = []
     command(monkeypatch, capsys, "--resume", str(tmp_path), "--steps", "7", main=seen.append)
     assert (seen[0].lr, seen[0].steps, seen[0].resume) == (1e-6, 7, str(tmp_path))
     save(steps=3, lam=0.9)
-    refuses(lambda: runtime.saved_flags(tmp_path, ppo.Args), f"--resume {tmp_path}", "older version", "start a new")
+    refuses(lambda: saved_flags(tmp_path, ppo.Args), f"--resume {tmp_path}", "older version", "start a new")
     path.write_text("{oops")
-    refuses(lambda: runtime.saved_flags(tmp_path, grpo.Args), f"--resume {tmp_path}", "cannot be read")
-    refuses(lambda: runtime.saved_flags(tmp_path / "none", grpo.Args), "--resume", "cannot be read")
+    refuses(lambda: saved_flags(tmp_path, grpo.Args), f"--resume {tmp_path}", "cannot be read")
+    refuses(lambda: saved_flags(tmp_path / "none", grpo.Args), "--resume", "cannot be read")
     code, error = command(monkeypatch, capsys, "--resume", str(tmp_path / "none"))
     assert code == 2 and error.startswith("error: --resume") and error.count("\n") == 1
 
@@ -473,11 +474,11 @@ def test_devices_that_are_not_there():
 
 def test_files_are_written_whole(tmp_path):
     path = tmp_path / "a.json"
-    runtime.write_json(path, {"a": [1, None]})
-    assert runtime.read_json(path, "here") == {"a": [1, None]} and list(tmp_path.iterdir()) == [path]
-    runtime.write_whole(path, "{oops")
-    refuses(lambda: runtime.read_json(path, "here"), "here: ", str(path))
-    assert runtime.json_lines([{"a": 1.5, "b": nan}, {"a": "x"}]) == '{"a": 1.5}\n{"a": "x"}\n'
+    write_json(path, {"a": [1, None]})
+    assert read_json(path, "here") == {"a": [1, None]} and list(tmp_path.iterdir()) == [path]
+    write_whole(path, "{oops")
+    refuses(lambda: read_json(path, "here"), "here: ", str(path))
+    assert json_lines([{"a": 1.5, "b": nan}, {"a": "x"}]) == '{"a": 1.5}\n{"a": "x"}\n'
 
 
 def test_the_memory_of_models_is_printed(tmp_path, capsys):
