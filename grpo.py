@@ -168,8 +168,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
 def token_weights(mask, loss_type: str, max_new_tokens: int):
     """Weight of each token in the loss of an update, (B, T), normalized over all processes.
 
-    grpo, gspo, gmpo, sapo: mean over completions of the mean over their tokens (DeepSeekMath,
-        eq. 3).
+    grpo, gspo, gmpo, sapo: mean over completions of their tokens' mean (DeepSeekMath, eq. 3).
     dapo, cispo: mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
     dr_grpo: sum over tokens, divided by completions * max_new_tokens (arXiv:2503.20783);
         completions outside the loss count as well.
@@ -284,8 +283,7 @@ def main(args: Args):
 
         # 2. score them
         run.phase("score")
-        # (B,), nan where it gave None
-        scores = reward(repeat(prompts, args.group_size), rollout.texts)
+        scores = reward(repeat(prompts, args.group_size), rollout.texts)  # (B,); nan: no score
 
         # --- dynamic sampling (DAPO, eq. 11): groups of equal scores are replaced
         groups_replaced = 0

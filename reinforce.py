@@ -247,8 +247,7 @@ def main(args: Args):
 
         # 2. score them
         run.phase("score")
-        # (B,), nan where it gave None
-        scores = reward(repeat(prompts, args.group_size), rollout.texts)
+        scores = reward(repeat(prompts, args.group_size), rollout.texts)  # (B,); nan: no score
 
         # 3. log-probs under the policy that sampled, and under the reference
         run.phase("logprobs")  # the sampler's own differ by rounding: metric sampler_gap

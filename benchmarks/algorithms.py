@@ -28,6 +28,7 @@ from many import RESULTS, ROOT, read_jsonl, run_all, write_jsonl
 sys.path[:0] = [str(ROOT)]
 ONLINE = "grpo", "ppo", "reinforce"
 GOLD, GRADIENTS = 0.85, 8
+FILE = RESULTS / "algorithms.jsonl"
 
 
 @dataclass
@@ -38,6 +39,19 @@ class Args:
     steps: int = 40
     """of the on-policy scripts"""
     scripts: tuple[str, ...] = (*ONLINE, "dpo", "reward_model")
+
+
+def jobs_of(scripts: tuple, seeds: int, folder: str, steps: int = 40) -> list[tuple]:
+    """The default run of each script and seed, for run_all."""
+    jobs = []
+    for seed in range(seeds):
+        for script in scripts:
+            every = {"reward_model": 0, "dpo": 28}.get(script, 4)
+            flags = {"seed": seed, "run_dir": f"{folder}/{script}-{seed}", "save_every": 0, "eval_every": every}
+            if script in ONLINE:
+                flags["steps"] = steps
+            jobs.append((script, flags))
+    return jobs
 
 
 def facts_of(job: tuple, memory: float) -> dict:
@@ -119,24 +133,16 @@ def main(args: Args):
     if not args.table:
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
-            jobs = []
-            for seed in range(args.seeds):
-                for script in args.scripts:
-                    every = {"reward_model": 0, "dpo": 28}.get(script, 4)
-                    flags = {"seed": seed, "run_dir": f"{folder}/{script}-{seed}", "save_every": 0, "eval_every": every}
-                    if script in ONLINE:
-                        flags["steps"] = args.steps
-                    jobs.append((script, flags))
+            jobs = jobs_of(args.scripts, args.seeds, folder, args.steps)
             rows = [facts_of(job, memory) for job, _, memory in run_all(jobs, fresh=True)]
             pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:2000]
             Path(folder, "pairs.jsonl").write_text("".join(pairs))
             for script in args.scripts:
                 if script != "reward_model":  # each seed starts from another random head
                     rows.append({"script": script, "noise": noise_of(script, folder)})
-        file = RESULTS / "algorithms.jsonl"
-        before = read_jsonl(file) if file.exists() else []
-        write_jsonl(file, [row for row in before if row["script"] not in args.scripts] + rows)
-    table(read_jsonl(RESULTS / "algorithms.jsonl"))
+        before = read_jsonl(FILE) if FILE.exists() else []
+        write_jsonl(FILE, [row for row in before if row["script"] not in args.scripts] + rows)
+    table(read_jsonl(FILE))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@ credit, for one completion; and the correlation of each with the exact credit.
 
     python benchmarks/credit.py                 three seeds: 13 minutes on two cores
     python benchmarks/credit.py --draw          the picture again, from results/credit.jsonl
+    python benchmarks/credit.py --critics       does a better critic know tokens? half an hour on two cores
 
 The exact credit of token t is V(tokens up to t) - V(tokens before t). V is the mean score of 128 completions that the
 policy samples from there (VinePPO, Kazemnejad et al. 2024, arXiv:2410.01679, eq. 5 and 6); after the last token it is
 the score. Policy and critic are from `ppo.py --steps 20`. The advantages are those of ppo.gae, grpo.group_advantages,
 and for REINFORCE the score minus the mean of the group's others.
 Writes results/credit.jsonl and docs/credit.png. pip install '.[plot]'
+
+--critics: critics of a policy that stays as it is (`ppo.py --critic-warmup` with as many steps), after 20 to 160 steps
+of 256 completions, with --critic-gae-lambda 0.95 and 1 and with two learning rates. Writes results/critics.jsonl.
 """
 import json
 import statistics
@@ -22,7 +26,7 @@ import torch
 import tyro
 from transformers import logging
 
-from many import DOCS, RESULTS, ROOT, read_jsonl, run_all, write_jsonl
+from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 PROMPTS, GROUP, RESAMPLES, LONGEST = 10, 8, 128, 48
@@ -38,15 +42,16 @@ class Args:
     seeds: int = 3
     steps: int = 20
     """of ppo.py"""
+    critics: bool = False
+    """compare critics of a fixed policy"""
 
 
-def load_run(run_dir: str, reward):
-    """Policy and critic of a run of ppo.py, and the tokenizer."""
+def load_checkpoint(checkpoint: Path, reward):
+    """Policy and critic of a checkpoint of ppo.py, and the tokenizer."""
     import ppo
     import torch.distributed.checkpoint as dcp
     from common import load_tokenizer
     from modeling import load_causal_lm
-    checkpoint = max(Path(run_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     policy, tokenizer = load_causal_lm(str(checkpoint), "cpu"), load_tokenizer("tiny/policy")
     critic = ppo.load_critic(ppo.Args(), reward, tokenizer, "cpu")
     with warnings.catch_warnings(action="ignore"):  # that there is one process
@@ -55,15 +60,20 @@ def load_run(run_dir: str, reward):
     return policy.eval(), critic.eval(), tokenizer
 
 
+def checkpoints_of(run_dir: str) -> list[Path]:
+    return sorted(Path(run_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
 @torch.no_grad()
-def credits_of(run_dir: str, seed: int) -> list[dict]:
-    """Completions of held-out prompts, with the four kinds of credit of each token."""
+def credits_of(run_dir: str, seed: int, others: tuple = ()) -> list[dict]:
+    """Completions of held-out prompts, with the four kinds of credit of each token. others: more checkpoints, whose
+    critics' values of the same completions are added, a list for each in the row's "values"."""
     import grpo
     import ppo
     import reinforce
     from common import encode_prompts, eos_token_ids, load_reward, pad
     reward = load_reward("tiny/reward_model", "cpu")
-    policy, critic, tokenizer = load_run(run_dir, reward)
+    policy, critic, tokenizer = load_checkpoint(checkpoints_of(run_dir)[-1], reward)
     eos_ids, generator = eos_token_ids(policy, tokenizer), torch.Generator().manual_seed(seed)
     held = read_jsonl(ROOT / "tiny/heldout.jsonl")[PROMPTS * seed:PROMPTS * (seed + 1)]
     held = encode_prompts(tokenizer, held, "tiny/heldout.jsonl", 1000)
@@ -106,6 +116,7 @@ def credits_of(run_dir: str, seed: int) -> list[dict]:
 
     ids = pad(beginnings, "left")
     critics = ppo.completion_values(critic, *ids, completion_ids, mask)
+    more = [ppo.completion_values(load_checkpoint(other, reward)[1], *ids, completion_ids, mask) for other in others]
     rewards = ppo.token_rewards(scores, torch.zeros(mask.shape), mask, 0.0)
     by_ppo, _ = ppo.gae(rewards, critics, mask, 1.0, ppo.Args.gae_lambda)
     by_group = grpo.group_advantages(scores, GROUP)
@@ -114,7 +125,8 @@ def credits_of(run_dir: str, seed: int) -> list[dict]:
              "tokens": [tokenizer.decode([t]) for t in answers[i]], "ppo": by_ppo[i, :n].tolist(),
              "grpo": [by_group[i].item()] * n, "reinforce": [by_others[i].item()] * n, "exact": exact[i, :n].tolist(),
              "noise": (noise[i, :n] / 2).tolist(), "value": critics[i, :n].tolist(),
-             "exact_value": values[i, :n].tolist()}
+             "exact_value": values[i, :n].tolist(),
+             **({"values": [x[i, :n].tolist() for x in more]} if others else {})}
             for i, n in enumerate(mask.sum(1).tolist())]
 
 
@@ -197,7 +209,65 @@ def draw(rows: list[dict]):
               f"within a completion {' '.join(f'{one[name][1]:.2f}' for one in each)}")
 
 
+CRITICS = {"lambda 0.95": {}, "lambda 1": {"critic_gae_lambda": 1.0},
+           "lambda 1, lr 3e-4": {"critic_gae_lambda": 1.0, "critic_lr": 3e-4}}
+CRITIC_STEPS = 20, 40, 80, 160
+
+
+def compare_critics(args: Args):
+    """results/critics.jsonl: what critics of the same policy know of its completions, by steps of training."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [("ppo", {"seed": seed, "steps": CRITIC_STEPS[-1], "critic_warmup": CRITIC_STEPS[-1], "save_every": 20,
+                         "lr_schedule": "constant_with_warmup", "keep_checkpoints": 99, "eval_prompts": 0,
+                         "run_dir": f"{folder}/{name}-{seed}", **flags})
+                for seed in range(args.seeds) for name, flags in CRITICS.items()]
+        for _ in run_all(jobs):
+            pass
+        for seed in range(args.seeds):
+            kinds = [(name, steps) for name in CRITICS for steps in CRITIC_STEPS]
+            found = credits_of(f"{folder}/{next(iter(CRITICS))}-{seed}", seed, tuple(
+                Path(folder, f"{name}-{seed}", f"checkpoint-{steps}") for name, steps in kinds))
+            for i, (name, steps) in enumerate(kinds):
+                own = [row | {"value": row["values"][i]} for row in found]
+                rows.append({"critic": name, "steps": steps, "seed": seed, **knowledge(own), **commit()})
+    write_jsonl(RESULTS / "critics.jsonl", rows)
+
+
+def knowledge(rows: list[dict]) -> dict:
+    """How a critic's values go with the exact ones: explained variance, correlation over all tokens, over the first
+    tokens (prompts), and within completions; and the correlation of its advantages with the exact credit."""
+    def correlation(pairs):
+        x = torch.tensor(pairs, dtype=torch.float64).T
+        return torch.corrcoef(x)[0, 1].nan_to_num(0).item()
+    value, exact = ([v for row in rows for v in row[k]] for k in ("value", "exact_value"))
+    error = statistics.fmean((a - b) ** 2 for a, b in zip(value, exact))
+    within = [(v - statistics.fmean(row["value"]), e - statistics.fmean(row["exact_value"]))
+              for row in rows for v, e in zip(row["value"], row["exact_value"])]
+    steps = [(b - a, e) for row in rows  # lambda 0: its estimate of the credit
+             for a, b, e in zip(row["value"], [*row["value"][1:], row["score"]], row["exact"])]
+    return {"explained": 1 - error / statistics.pvariance(exact), "all": correlation(list(zip(value, exact))),
+            "first": correlation([(row["value"][0], row["exact_value"][0]) for row in rows]),
+            "within": correlation(within), "credit": correlation(steps)}
+
+
+def critics_table(rows: list[dict]):
+    columns = {"explained": "explained variance of the exact values", "all": "correlation, all tokens",
+               "first": "first tokens", "within": "within an answer", "credit": "its credit, lambda 0, with the exact one"}
+    print("| critic | steps | " + " | ".join(columns.values()) + " |\n" + "|---" * (len(columns) + 2) + "|")
+    for name in CRITICS:
+        for steps in CRITIC_STEPS:
+            own = [row for row in rows if (row["critic"], row["steps"]) == (name, steps)]
+            print(f"| {name} | {steps} | " + " | ".join(
+                f"{statistics.fmean(row[k] for row in own):.2f} ({min(row[k] for row in own):.2f} to "
+                f"{max(row[k] for row in own):.2f})" for k in columns) + " |")
+
+
 def main(args: Args):
+    if args.critics:
+        if not args.draw:
+            compare_critics(args)
+        return critics_table(read_jsonl(RESULTS / "critics.jsonl"))
     if not args.draw:
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:

@@ -1,28 +1,38 @@
-"""Many runs of the scripts, several at a time, for the benchmarks that need them. A worker is a process with one
-thread, which imports torch once and calls a script's `main` for one run after the other."""
+"""Many runs of the scripts, several at a time, for the benchmarks that need them. A worker is a process, with
+one thread, which imports torch once and calls a script's `main` for one run after the other."""
 import contextlib
 import importlib
 import io
 import json
 import multiprocessing
 import resource
+import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
 
 
-def run_one(job: tuple):
-    """job: (script, its flags as a dict, with run_dir). Returns the job, its seconds of CPU time, and the peak memory
-    of the worker in MiB."""
+def set_threads(threads: int):
     import torch
-    torch.set_num_threads(1)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def run_one(job: tuple):
+    """job: (script, its flags as a dict, with run_dir, and perhaps module:context, a context manager of script and flags
+    around the run). Returns the job, its seconds of CPU time, and the peak memory of the worker in MiB."""
     sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
     script = importlib.import_module(job[0])
     start = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    around = contextlib.nullcontext()
+    if len(job) > 2 and job[2]:
+        module, _, name = job[2].partition(":")
+        around = getattr(importlib.import_module(module), name)(script, job[1])
+    with around, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             script.main(script.Args(**job[1]))
         except Exception as error:
@@ -30,9 +40,10 @@ def run_one(job: tuple):
     return job, time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_all(jobs: list[tuple], workers: int = 2, fresh: bool = False):
-    """Yields what run_one returns, as runs end. fresh: a new process for each, so that its memory is measured alone."""
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1 if fresh else None) as pool:
+def run_all(jobs: list[tuple], workers: int = 2, fresh: bool = False, threads: int = 1):
+    """Yields what run_one returns, as runs end. fresh: a new process for each, so that its memory is measured alone.
+    threads of each worker (0: torch's own choice)."""
+    with multiprocessing.get_context("spawn").Pool(workers, set_threads, [threads], 1 if fresh else None) as pool:
         for done, found in enumerate(pool.imap_unordered(run_one, jobs), 1):
             print(f"{done}/{len(jobs)}  {Path(found[0][1]['run_dir']).name}  {found[1]:.0f} s", flush=True)
             yield found
@@ -44,3 +55,12 @@ def read_jsonl(path) -> list[dict]:
 
 def write_jsonl(path, rows: list[dict]):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def commit() -> dict:
+    """What a results row was made with: the commit ("-dirty": with changed scripts), torch and transformers."""
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    return {"commit": git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed), "torch": version("torch"),
+            "transformers": version("transformers")}

@@ -13,8 +13,9 @@ from helpers.repo import ROOT, load
 
 sys.path.append(str(ROOT / "benchmarks"))  # they import many.py
 credit, hacking = load("benchmarks/credit.py"), load("benchmarks/hacking.py")
-COMMANDS = ["algorithms.py", "credit.py", "ensemble.py", "gpu_check.py", "gpu_lab.py", "hacking.py", "memory.py",
-            "parts.py", "robustness.py", "speed.py", "variants.py"]
+COMMANDS = ["algorithms.py", "check.py", "claims.py", "credit.py", "ensemble.py", "gpu_check.py", "gpu_lab.py",
+            "hacking.py", "memory.py", "overoptimization.py", "parts.py", "robustness.py", "speed.py", "sums.py",
+            "tune.py", "variants.py"]
 
 
 def test_every_benchmark_is_tested_here():
@@ -72,6 +73,86 @@ def test_lambdas_of_the_credit_are_gae():
     # with exact values, each delta is an exact credit: GAE of these as rewards, with values of zero
     at_95 = ppo.gae(exact, torch.zeros(1, n), mask, 1.0, 0.95)[0][0]
     assert found["exact_95"] == pytest.approx(at_95.tolist(), abs=1e-5)
+
+
+def test_the_laws_of_overoptimization_are_found_again():
+    d = torch.linspace(0, 4, 20, dtype=torch.float64)
+    for law, y in {"rl": 0.5 + d * (1.2 - 0.7 * d.clamp(min=1e-9).log()), "best of n": 0.5 + d * (1.2 - 0.7 * d)}.items():
+        found = load("benchmarks/overoptimization.py").fit(d.square().tolist(), y.tolist(), law)
+        assert found == pytest.approx((1.2, 0.7, 1.0), abs=1e-6)
+
+
+def test_a_figure_has_moved_by_its_standard_errors():
+    moved = load("benchmarks/check.py").moved
+    before = [1.0, 1.1, 0.9]  # variance 0.01
+    assert moved(before, before) == (0, False) and not moved([1, 1], [1, 1.00001])[1] and moved([1, 1], [2, 2])[1]
+    size, far = moved(before, [1.2, 1.3, 1.1])
+    assert size == pytest.approx(0.2 / (0.02 / 3) ** 0.5) and not far
+    assert moved(before, [1.3, 1.4, 1.2])[1]
+
+
+def test_no_prompt_for_tuning_is_trained_on_or_held_out(tmp_path):
+    tune = load("benchmarks/tune.py")
+    tune.third_set(tmp_path)
+    train, third, pairs = ({str(json.loads(line)["prompt"]) for line in (tmp_path / f"{name}.jsonl").open()}
+                           for name in ("train", "tune", "pairs"))
+    held = {str(json.loads(line)["prompt"]) for line in (ROOT / "tiny/heldout.jsonl").open()}
+    assert len(third) == 300 and len(train) > 2500 and len(pairs) > 3000
+    assert not third & (train | pairs | held)
+    for script in tune.DEFAULTS:
+        args = load(f"{script}.py").Args
+        assert len(tune.trials(script)) == 11
+        assert all(getattr(args(), flag) == value for flag, value in tune.DEFAULTS[script].items())
+        for trial in tune.trials(script):
+            args(**trial)
+
+
+def test_every_claim_names_runs_and_they_have_real_flags():
+    claims = load("benchmarks/claims.py")
+    assert {run for claim in claims.CLAIMS.values() for run in claim[2]} == set(claims.RUNS)
+    for script, flags, planted in claims.RUNS.values():
+        load(f"{script}.py").Args(**flags)
+        assert not planted or callable(getattr(claims, planted))
+    rows = [{"run": run, "x": x, "y": 1.0 + x / 100} for run, values in {
+        "a": (1.0, 1.1, 0.9), "b": (1.0, 1.2, 1.1), "c": (3, 3.1, 2.9)}.items() for x in values]
+    compare = claims.Results(rows).compare
+    assert [compare("c", "a", "x")[1], compare("a", "c", "x")[1], compare("a", "b", "x")[1]] == [
+        "held", "not held", "not seen"]
+    assert compare("a", "b", "x", same=True)[1] == "held" and compare("a", "c", "x", same=True)[1] == "not held"
+    assert compare("a", "none", "x") is None
+    assert claims.best_of_n_bound()[1] == "held"
+
+
+def test_the_planted_bugs_do_what_their_names_say():
+    claims, mask = load("benchmarks/claims.py"), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    grpo, scores = load("grpo.py"), torch.tensor([2.0, 3.0])
+    with claims.end_not_trained(grpo, {}):
+        assert grpo.token_weights(mask, "dapo", 4).gt(0).long().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert grpo.token_weights(mask, "dapo", 4).gt(0).equal(mask > 0)
+    with claims.dropout(grpo, {}):
+        model = grpo.load_causal_lm("tiny/policy", "cpu")
+        ids = torch.tensor([[5, 6, 7]])
+        assert not model.train()(ids).logits.equal(model(ids).logits)
+        assert model.eval()(ids).logits.equal(model(ids).logits)
+    script, kl = load("ppo.py"), torch.zeros(2, 4)
+    values = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.0, 0.0]])
+    with claims.score_after_the_end(script, {}):
+        rewards = script.token_rewards(scores, kl, mask, 0.1)
+        assert rewards.tolist() == [[0, 0, 0, 2], [0, 0, 3, 0]]
+        advantages, returns = script.gae(rewards, values, mask, 1.0, 0.9)
+    # the last token's: the score is a step away, where the critic expects nothing
+    assert advantages[1].tolist() == pytest.approx([0.9 * (-0.5 + 0.9 * 3), -0.5 + 0.9 * 3, 0, 0])
+    right, _ = script.gae(script.token_rewards(scores, kl, mask, 0.1), values, mask, 1.0, 0.9)
+    assert right[1, 1] == pytest.approx(2.5) and right[0].equal(advantages[0])
+
+
+def test_what_a_critic_knows():
+    knowledge = credit.knowledge
+    rows = [{"value": [1.0, 2.0], "exact_value": [1.0, 2.0], "exact": [1.0, 1.0], "score": 3.0},
+            {"value": [3.0, 2.0], "exact_value": [3.0, 2.0], "exact": [-1.0, -1.0], "score": 1.0}]
+    assert all(value == pytest.approx(1) for value in knowledge(rows).values())
+    prompts = [row | {"value": [sum(row["exact_value"]) / 2] * 2} for row in rows]  # knows no tokens
+    assert knowledge(prompts)["within"] == 0
 
 
 def test_the_figures_are_of_all_runs():

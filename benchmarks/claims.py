@@ -1,0 +1,321 @@
+"""Known claims about these algorithms, each reproduced on the tiny world: does it hold here?
+
+    python benchmarks/claims.py                       # all runs: two and a half hours on two cores
+    python benchmarks/claims.py --only clip dropout   # the runs of some claims
+    python benchmarks/claims.py --table               # docs/claims.md again, from results/claims.jsonl
+
+Goes on where it stopped. Each claim compares two kinds of runs, over five seeds, or two figures of the same runs. It is
+held if the difference has the claimed sign and is more than two standard errors; "as well as" holds if the difference
+is within two standard errors, or 0.02. Bugs are planted by replacing a function of the script for one run. Gold is
+the true reward of 4 completions of each of 300 held-out prompts, at best 1. Writes results/claims.jsonl and the table
+in docs/claims.md.
+"""
+import contextlib
+import math
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import tyro
+
+from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
+
+FILE, VARIANTS = RESULTS / "claims.jsonl", RESULTS / "variants.jsonl"
+BEST = "benchmarks/variants.py:best"  # 1 if the gold reward is above 0.9, else 0
+UPDATES = {"epochs": 4, "minibatches": 4, "lr_schedule": "constant_with_warmup"}
+LENGTHS = {"reward": BEST, "scale_rewards": "none", "beta": 0.0, "max_kl": 1e9}
+ON_BIASED = {"data": "tiny/biased_preferences.jsonl", "sample_data": "tiny/heldout.jsonl",
+             "gold": "tiny/world.py:gold_reward"}
+RUNS = {  # name: (script, flags, what is planted)
+    "groups of 16": ("grpo", {}, ""),
+    "groups of 2": ("grpo", {"prompts_per_step": 128, "group_size": 2}, ""),
+    "1/length": ("grpo", LENGTHS | {"loss_type": "grpo"}, ""),
+    "dr_grpo": ("grpo", LENGTHS | {"loss_type": "dr_grpo"}, ""),
+    "clipped": ("grpo", UPDATES, ""),
+    "unclipped": ("grpo", UPDATES | {"clip_low": 1e9, "clip_high": 1e9}, ""),
+    "clip-higher": ("grpo", UPDATES | {"clip_high": 0.28}, ""),
+    "gradient, group's std": ("grpo", {"steps": 1, "eval_prompts": 0}, "keep_gradient"),
+    "gradient, leave-one-out": ("reinforce", {"steps": 1, "eval_prompts": 0, "group_size": 16, "prompts_per_step": 16,
+                                              "baseline": "loo"}, "keep_gradient"),
+    "gradient, no baseline": ("reinforce", {"steps": 1, "eval_prompts": 0, "group_size": 16, "prompts_per_step": 16,
+                                            "baseline": "none"}, "keep_gradient"),
+    "dpo": ("dpo", {"eval_every": 1000}, ""),
+    "dpo, biased": ("dpo", ON_BIASED, ""),
+    "dpo, biased, normalized": ("dpo", ON_BIASED | {"length_normalize": True, "beta": 1.0}, ""),
+    "ppo": ("ppo", {}, ""),
+    "ppo, score late": ("ppo", {}, "score_after_the_end"),
+    "updates": ("grpo", {"minibatches": 4}, ""),
+    "updates, dropout": ("grpo", {"minibatches": 4}, "dropout"),
+    "no end": ("grpo", {}, "end_not_trained"),
+    "labels as they are": ("reward_model", {}, ""),
+    "a fifth flipped": ("reward_model", {"data": "{folder}/flipped.jsonl"}, ""),
+    "a fifth flipped, smoothed": ("reward_model", {"data": "{folder}/flipped.jsonl", "label_smoothing": 0.2}, ""),
+}
+
+
+@dataclass
+class Args:
+    table: bool = False
+    """only docs/claims.md, from results/claims.jsonl"""
+    only: tuple[str, ...] = ()
+    """claims by name (default: all)"""
+    seeds: int = 5
+    workers: int = 2
+
+
+# --- bugs, planted for one run
+
+@contextlib.contextmanager
+def keep_gradient(script, flags):
+    """Not a bug: keeps the policy's first gradient, as one vector, in RUN/gradient.pt."""
+    from runtime import Run
+    before = Run.clip_grad_norm
+
+    def clip_grad_norm(run, model):
+        torch.save(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+                   run.dir / "gradient.pt")
+        return before(run, model)
+    with mock.patch.object(Run, "clip_grad_norm", clip_grad_norm):
+        yield
+
+
+@contextlib.contextmanager
+def score_after_the_end(script, flags):
+    """The score is given in the state after the last token, with a value of 0 there, so that it is discounted by
+    lambda once more: where a completion ends before the longest one."""
+    rewards, gae = script.token_rewards, script.gae
+
+    def late(mask):  # (B, T) with one token more, where there is room
+        return torch.cat([mask[:, :1], mask[:, :-1]], 1)
+
+    def token_rewards(scores, kl, mask, beta):
+        return rewards(torch.zeros_like(scores), kl, mask, beta) + rewards(scores, 0 * kl, late(mask), 0.0)
+
+    with mock.patch.object(script, "token_rewards", token_rewards), \
+            mock.patch.object(script, "gae", lambda r, values, mask, gamma, lam: tuple(
+                x * mask for x in gae(r, values * mask, late(mask), gamma, lam))):
+        yield
+
+
+@contextlib.contextmanager
+def dropout(script, flags):
+    """A tenth of the attention weights is dropped while training, and not while sampling."""
+    load = script.load_causal_lm
+
+    def load_with_dropout(*given):
+        model = load(*given)
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.1
+        return model
+    with mock.patch.object(script, "load_causal_lm", load_with_dropout):
+        yield
+
+
+@contextlib.contextmanager
+def end_not_trained(script, flags):
+    """The end of sequence is left out of the loss."""
+    weights = script.token_weights
+
+    def token_weights(mask, *given):
+        last = (mask.sum(1, keepdim=True) - 1).clamp(min=0).long()
+        return weights(mask.scatter(1, last, torch.zeros_like(mask[:, :1])), *given)
+    with mock.patch.object(script, "token_weights", token_weights):
+        yield
+
+
+# --- what a run leaves
+
+def facts_of(name: str, seed: int, folder: Path) -> dict:
+    """The row of a run: its last evaluation, its first one, its last step, and what some claims need besides."""
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    evaluations = [row for row in metrics if any(k.startswith("eval_") for k in row)]
+    steps = [row for row in metrics if "loss" in row]
+    row = {"run": name, "seed": seed, **commit()}
+    for prefix, found in (("first_", evaluations[:1]), ("", evaluations[-1:]), ("", steps[-1:])):
+        for values in found:
+            row |= {prefix + k: v for k, v in values.items() if isinstance(v, float) and not k.startswith("seconds")}
+    if (folder / "samples.jsonl").exists():
+        samples = read_jsonl(folder / "samples.jsonl")
+        for prefix, step in (("first_", samples[0]["step"]), ("", samples[-1]["step"])):
+            wrong = [len(s["completion"].split()) for s in samples if s["step"] == step and s.get("gold", 1) <= 0.9]
+            row[prefix + "words_of_wrong"] = statistics.fmean(wrong) if wrong else math.nan
+    return row
+
+
+def noise(folder: Path, name: str, seeds: int) -> dict:
+    """Variance of the first gradient over seeds, summed over parameters, over the squared length of its mean."""
+    gradients = torch.stack([torch.load(folder / f"{name}-{seed}" / "gradient.pt") for seed in range(seeds)]).double()
+    variance = gradients.var(0).sum().item()
+    return {"noise": variance / (gradients.mean(0).square().sum().item() - variance / seeds)}
+
+
+# --- the claims
+
+def mean_sd(values: list[float], digits: int) -> str:
+    spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+class Results:
+    """The rows by run; what a claim asks of them."""
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+
+    def values(self, run: str, column: str) -> list[float]:
+        return [row[column] for row in self.rows if row["run"] == run and row.get(column) is not None]
+
+    def compare(self, more: str, less: str, column: str, same: bool = False, digits: int = 3, first: str = ""):
+        """(figure, verdict) on "`more` has more of the column than `less`", or as much; columns may differ."""
+        a, b = self.values(more, column), self.values(less, first or column)
+        if min(len(a), len(b)) < 2:
+            return None
+        difference = statistics.fmean(a) - statistics.fmean(b)
+        error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
+        figure = f"{mean_sd(a, digits)} against {mean_sd(b, digits)}"
+        if same:
+            return figure, "held" if abs(difference) <= max(2 * error, 0.02) else "not held"
+        if abs(difference) <= 2 * error:
+            return figure, "not seen"
+        return figure, "held" if difference > 0 else "not held"
+
+
+GOLD = "eval_gold"
+CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, verdict))
+    "groups": ("groups of 2 learn as well as groups of 16, at equal samples", "[2510.00977](https://arxiv.org/abs/2510.00977)",
+               ("groups of 2", "groups of 16"), "gold",
+               lambda r: r.compare("groups of 2", "groups of 16", GOLD, same=True)),
+    "length": ("with 1 / length, wrong answers grow longer than with Dr. GRPO",
+               "[2503.20783](https://arxiv.org/abs/2503.20783)", ("1/length", "dr_grpo"), "words of wrong answers",
+               lambda r: r.compare("1/length", "dr_grpo", "words_of_wrong", digits=1)),
+    "maxrl": ("MaxRL raises pass@k", "[2602.02710](https://arxiv.org/abs/2602.02710)", (), "pass@4, variants.py",
+              lambda r: r.compare("maxrl", "binary", "eval_pass_at_4")),
+    "clip": ("more than one epoch per rollout needs the clip", "PPO, [1707.06347](https://arxiv.org/abs/1707.06347)",
+             ("clipped", "unclipped"), "gold after 4 epochs of 4 minibatches",
+             lambda r: r.compare("clipped", "unclipped", GOLD)),
+    "clip-higher": ("clip-higher keeps entropy", "DAPO, [2503.14476](https://arxiv.org/abs/2503.14476)",
+                    ("clip-higher", "clipped"), "entropy, nats per token",
+                    lambda r: r.compare("clip-higher", "clipped", "entropy", digits=4)),
+    "variance": ("leave-one-out has less variance than the group's std", "RLOO, [2402.14740](https://arxiv.org/abs/2402.14740)",
+                 ("gradient, group's std", "gradient, leave-one-out"), "noise of the first gradient",
+                 lambda r: r.noises("gradient, group's std", "gradient, leave-one-out")),
+    "baseline": ("a baseline lowers the variance", "Williams 1992", ("gradient, no baseline", "gradient, leave-one-out"),
+                 "noise of the first gradient", lambda r: r.noises("gradient, no baseline", "gradient, leave-one-out")),
+    "likelihood": ("DPO lowers the chosen answers' likelihood", "Razin et al., [2410.08847](https://arxiv.org/abs/2410.08847)",
+                   ("dpo",), "held-out log-prob of chosen answers, before against after",
+                   lambda r: r.compare("dpo", "dpo", "first_eval_logprob_chosen", first="eval_logprob_chosen", digits=1)),
+    "dpo-length": ("DPO's answers grow longer where labels like length, less so with --length-normalize",
+                   "[2403.19159](https://arxiv.org/abs/2403.19159)", ("dpo, biased", "dpo, biased, normalized"),
+                   "tokens of answers",
+                   lambda r: r.compare("dpo, biased", "dpo, biased, normalized", "eval_length", digits=1)),
+    "late": ("bug: PPO's score one state after the end", "pitfall", ("ppo", "ppo, score late"), "gold",
+             lambda r: r.compare("ppo", "ppo, score late", GOLD)),
+    "dropout": ("bug: dropout left on while training", "pitfall", ("updates", "updates, dropout"), "gold",
+                lambda r: r.compare("updates", "updates, dropout", GOLD)),
+    "end": ("bug: the end of sequence is not trained", "pitfall", ("groups of 16", "no end"), "gold",
+            lambda r: r.compare("groups of 16", "no end", GOLD)),
+    "calibration": ("label noise spoils a reward model's calibration, less so with label smoothing",
+                    "[2312.09244](https://arxiv.org/abs/2312.09244)", ("a fifth flipped", "a fifth flipped, smoothed",
+                                                                      "labels as they are"),
+                    "calibration error (accuracy) with a fifth flipped; smoothed; with no flips",
+                    lambda r: r.calibration()),
+    "best-of-n": ("the KL of best-of-n is at most log n - (n - 1) / n", "[2401.01879](https://arxiv.org/abs/2401.01879)", (),
+                  "exact KL over the bound, n = 4 and 64: 16 outcomes; 4,096", lambda r: best_of_n_bound()),
+}
+
+
+def noises(self, more: str, less: str):
+    a, b = (self.values(name, "noise") for name in (more, less))
+    return (f"{a[0]:.1f} against {b[0]:.1f}", "held" if a[0] > b[0] else "not held") if a and b else None
+
+
+def calibration(self):
+    names = "a fifth flipped", "a fifth flipped, smoothed", "labels as they are"
+    ece, accuracy = ([self.values(name, f"eval_{k}") for name in names] for k in ("ece", "accuracy"))
+    if not all(ece):
+        return None
+    figure = "; ".join(f"{mean_sd(e, 3)} ({statistics.fmean(a):.3f})" for e, a in zip(ece, accuracy))
+    first, second, third = map(statistics.fmean, ece)
+    return figure, "held" if first > third and first > second else "not held"
+
+
+Results.noises, Results.calibration = noises, calibration
+
+
+def best_of_n_bound():
+    """The exact KL of best-of-n over its bound, for random distributions of few and of many outcomes."""
+    shares = []
+    for outcomes in (16, 4096):
+        for n in (4, 64):
+            p = torch.randn(outcomes, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(0)
+            below = p.cumsum(0) - p  # outcomes in the order of their reward
+            best = (below + p) ** n - below ** n
+            kl = torch.special.xlogy(best, best / p).sum().item()
+            shares.append(kl / (math.log(n) - (n - 1) / n))
+    text = [f"{share:.3f}" for share in shares]
+    return f"{text[0]}, {text[1]}; {text[2]}, {text[3]}", "held" if max(shares) <= 1 else "not held"
+
+
+def measure(args: Args):
+    rows = read_jsonl(FILE) if FILE.exists() else []
+    before = {(row["run"], row["seed"]) for row in rows}
+    wanted = list(dict.fromkeys(run for name in args.only or CLAIMS for run in CLAIMS[name][2]))
+    with tempfile.TemporaryDirectory() as folder:
+        write_flipped(Path(folder, "flipped.jsonl"))
+        jobs = []
+        for seed in range(args.seeds):
+            for name in wanted:
+                script, flags, planted = RUNS[name]
+                if (name, seed) not in before and not (planted == "keep_gradient" and (name, -1) in before):
+                    flags = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in flags.items()}
+                    flags = {"save_every": 0, "eval_every": 0, "eval_samples": 4} | flags if (
+                        script != "reward_model") else {"save_every": 0, "bias_prompts": 0} | flags
+                    jobs.append((script, flags | {"seed": seed, "run_dir": f"{folder}/{name.replace('/', ' ')}-{seed}"},
+                                 planted and f"claims:{planted}"))
+        for (_, flags, planted), _, _ in run_all(jobs, args.workers):
+            name, seed = Path(flags["run_dir"]).name.rsplit("-", 1)
+            name = next(run for run in RUNS if run.replace("/", " ") == name)
+            if planted != "claims:keep_gradient":
+                rows.append(facts_of(name, int(seed), Path(flags["run_dir"])))
+                write_jsonl(FILE, rows)
+        for name in wanted:
+            if RUNS[name][2] == "keep_gradient" and (name, -1) not in before:
+                rows.append({"run": name, "seed": -1, **noise(Path(folder), name, args.seeds), **commit()})
+        write_jsonl(FILE, rows)
+
+
+def write_flipped(path: Path):
+    """The fair pairs with every fifth label turned around, but not the last 600, which are held out."""
+    import json
+    lines = read_jsonl(ROOT / "tiny/preferences.jsonl")
+    for i, row in enumerate(lines[:-600]):
+        if i % 5 == 0:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of docs/claims.md, of those claims that were measured."""
+    results = Results(rows + [row | {"run": row["variant"]} for row in read_jsonl(VARIANTS)])
+    lines = ["| claim | source | compared | figure | here |", "|---|---|---|---|---|"]
+    for name, (claim, source, _, compared, of) in CLAIMS.items():
+        if found := of(results):
+            lines.append(f"| {claim} (`{name}`) | {source} | {compared} | {found[0]} | {found[1]} |")
+    return "\n".join(lines)
+
+
+def main(args: Args):
+    if not args.table:
+        measure(args)
+    text = table(read_jsonl(FILE))
+    print(text)
+    path = DOCS / "claims.md"
+    before, _, rest = path.read_text().partition("<!-- table -->\n")
+    path.write_text(before + "<!-- table -->\n" + text + "\n<!-- end -->" + rest.partition("<!-- end -->")[2])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
