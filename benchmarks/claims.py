@@ -25,6 +25,7 @@ from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
 
 FILE, VARIANTS = RESULTS / "claims.jsonl", RESULTS / "variants.jsonl"
 BEST = "benchmarks/variants.py:best"  # 1 if the gold reward is above 0.9, else 0
+GRADIENTS = 16  # seeds, each a first step, for the noise of the gradient
 UPDATES = {"epochs": 4, "minibatches": 4, "lr_schedule": "constant_with_warmup"}
 LENGTHS = {"reward": BEST, "scale_rewards": "none", "beta": 0.0, "max_kl": 1e9}
 ON_BIASED = {"data": "tiny/biased_preferences.jsonl", "sample_data": "tiny/heldout.jsonl",
@@ -206,7 +207,7 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
                  "noise of the first gradient", lambda r: r.noises("gradient, no baseline", "gradient, leave-one-out")),
     "likelihood": ("DPO lowers the chosen answers' likelihood", "Razin et al., [2410.08847](https://arxiv.org/abs/2410.08847)",
                    ("dpo",), "held-out log-prob of chosen answers, before against after",
-                   lambda r: r.compare("dpo", "dpo", "first_eval_logprob_chosen", first="eval_logprob_chosen", digits=1)),
+                   lambda r: r.compare("dpo", "dpo", "first_eval_logprob_chosen", first="eval_logprob_chosen", digits=2)),
     "dpo-length": ("DPO's answers grow longer where labels like length, less so with --length-normalize",
                    "[2403.19159](https://arxiv.org/abs/2403.19159)", ("dpo, biased", "dpo, biased, normalized"),
                    "tokens of answers",
@@ -266,10 +267,11 @@ def measure(args: Args):
     with tempfile.TemporaryDirectory() as folder:
         write_flipped(Path(folder, "flipped.jsonl"))
         jobs = []
-        for seed in range(args.seeds):
+        for seed in range(max(args.seeds, GRADIENTS)):
             for name in wanted:
                 script, flags, planted = RUNS[name]
-                if (name, seed) not in before and not (planted == "keep_gradient" and (name, -1) in before):
+                gradient = planted == "keep_gradient"
+                if seed < (GRADIENTS if gradient else args.seeds) and (name, -1 if gradient else seed) not in before:
                     flags = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in flags.items()}
                     flags = {"save_every": 0, "eval_every": 0, "eval_samples": 4} | flags if (
                         script != "reward_model") else {"save_every": 0, "bias_prompts": 0} | flags
@@ -283,7 +285,7 @@ def measure(args: Args):
                 write_jsonl(FILE, rows)
         for name in wanted:
             if RUNS[name][2] == "keep_gradient" and (name, -1) not in before:
-                rows.append({"run": name, "seed": -1, **noise(Path(folder), name, args.seeds), **commit()})
+                rows.append({"run": name, "seed": -1, **noise(Path(folder), name, GRADIENTS), **commit()})
         write_jsonl(FILE, rows)
 
 

@@ -94,16 +94,17 @@ def measure(args: Args):
                 ONLINE | flags | {"data": f"{folder}/sums.jsonl", "eval_data": f"{folder}/sums.jsonl",
                                   "steps": args.steps})
             jobs.append((script, flags))
-        for (script, flags), _, _ in run_all(jobs, args.workers, threads=0 if args.workers == 1 else 1):
+        for (script, flags), _, memory in run_all(jobs, args.workers, True, 0 if args.workers == 1 else 1):
             name, seed = Path(flags["run_dir"]).name.rsplit("-", 1)
-            rows.append({"name": name, "seed": int(seed), **curve_of(Path(flags["run_dir"])), **commit()})
+            rows.append({"name": name, "seed": int(seed), **curve_of(Path(flags["run_dir"])),
+                         "memory": round(memory), **commit()})
             write_jsonl(FILE, rows)
 
 
 def table(rows: list[dict]):
     steps = sorted({int(step) for row in rows for step in row["held"]})
-    print("| | seeds | " + " | ".join(f"step {step}" for step in steps) + " | training passes 0.95 at step | KL |")
-    print("|---" * (len(steps) + 4) + "|")
+    print("| | seeds | " + " | ".join(f"step {step}" for step in steps) + " | training passes 0.95 at step | KL | peak memory, MiB |")
+    print("|---" * (len(steps) + 5) + "|")
     for name in RUNS:
         own = [row for row in rows if row["name"] == name]
         if own:
@@ -114,7 +115,8 @@ def table(rows: list[dict]):
             passed = [next((i for i, value in enumerate(row["train"], 1) if value > 0.95), None) for row in own]
             cells.append(", ".join(str(step or "never") for step in passed) if name != "dpo" else "")
             kl = [row["kl"] for row in own if row["kl"] is not None]
-            print(f"| {name} | {len(own)} | " + " | ".join(cells) + f" | {statistics.fmean(kl):.1f} |" if kl else " | |")
+            cells += [f"{statistics.fmean(kl):.1f}" if kl else "", f"{max(row['memory'] for row in own)}"]
+            print(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
 
 
 def main(args: Args):

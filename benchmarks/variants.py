@@ -10,6 +10,7 @@ that are 0 or 1, is how often one of the 4 has a reward of 1. Rewards, besides t
   brief   minus a hundredth of the completion's words, so that its scale is far below that of best
 Writes results/variants.jsonl.
 """
+import math
 import statistics
 import sys
 import tempfile
@@ -69,19 +70,42 @@ def brief(prompts, completions, **columns) -> list[float]:
     return [-len(text.split()) / 100 for text in texts]
 
 
+def flags_of(name: str) -> str:
+    """The flags of a variant that its neighbor does not have, as on the command line."""
+    beside, script, flags = VARIANTS[name]
+    before = VARIANTS[beside][2] if beside else {}
+    shown = []
+    for flag, value in flags.items():
+        if before.get(flag) != value:
+            value = " ".join(value) if isinstance(value, tuple) else value
+            shown.append(f"--{flag.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return " ".join(shown).replace(f"{HERE}:", "") or "defaults"
+
+
 def table(rows: list[dict]):
-    print("| variant | beside | seeds | " + " | ".join(COLUMNS.values()) + " | groups replaced |")
-    print("|---" * (len(COLUMNS) + 4) + "|")
-    for name, (beside, _, _) in VARIANTS.items():
-        own = [row for row in rows if row["variant"] == name]
-        if not own:
-            continue
-        cells = []
-        for column in (*COLUMNS, "groups_replaced"):
-            values = [row[column] for row in own if row.get(column) is not None]
-            spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 and column == "eval_gold" else ""
-            cells.append(f"{statistics.fmean(values):.3g}{spread}" if values else "")
-        print(f"| {name} | {beside} | {len(own)} | " + " | ".join(cells) + " |")
+    """As docs/measurements.md has it: means over the seeds, with the standard deviation of gold."""
+    found = {}
+    for row in rows:
+        for column, value in row.items():
+            found.setdefault((row["variant"], column), []).append(value)
+
+    def cell(name, column, digits=2):
+        values = [value for value in found.get((name, column), []) if value is not None]
+        return f"{statistics.fmean(values):.{digits}f}" if values else ""
+    print("| | gold | difference | " + " | ".join([*COLUMNS.values()][1:]) + " | groups replaced |")
+    print("|---" * (len(COLUMNS) + 3) + "|")
+    for name, (beside, script, _) in VARIANTS.items():
+        own, other = (found.get((x, "eval_gold"), []) for x in (name, beside))
+        if own:
+            spread = f" ({statistics.stdev(own):.3f})" if len(own) > 1 else ""
+            difference = ""
+            if min(len(own), len(other)) > 1:
+                error = math.sqrt(statistics.variance(own) / len(own) + statistics.variance(other) / len(other))
+                difference = f"{statistics.fmean(own) - statistics.fmean(other):+.3f} ({error:.3f})"
+            rest = [cell(name, column, 3 if column in ("entropy", "eval_pass_at_4") else 2) for column in [*COLUMNS][1:]]
+            replaced = cell(name, "groups_replaced", 0)
+            print(f"| {'+ ' if beside else f'`{script}.py` '}`{flags_of(name)}` | {cell(name, 'eval_gold', 3)}{spread} | "
+                  f"{difference} | " + " | ".join(rest) + f" | {replaced if replaced != '0' else ''} |")
 
 
 def main(args: Args):
