@@ -5,7 +5,7 @@
     python tools/one_step.py --seed 7 --row 50         # other completions, of another prompt
     python tools/one_step.py runs/ppo-A                # the credit of each token in a run of your own
 
-The policy is tiny/policy after two steps of grpo.py, so that it differs from the reference. Then main of each of the
+The policy is tiny/policy after four steps of grpo.py, so that it differs from the reference. Then main of each of the
 three scripts makes one step from it. They have the same seed, so they sample the same completions. The numbers are
 what the scripts' own functions are given and give; nothing is computed anew here.
 
@@ -19,6 +19,7 @@ import inspect
 import io
 import math
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -34,6 +35,7 @@ import grpo  # noqa: E402
 import ppo  # noqa: E402
 import reinforce  # noqa: E402
 from common import as_messages, importance_weights, kl_estimate, read_prompts  # noqa: E402
+from evaluation import shorten  # noqa: E402
 
 SCRIPTS = grpo, ppo, reinforce
 REFERENCE, DATA = "tiny/policy", "tiny/prompts.jsonl"
@@ -48,9 +50,9 @@ WIDTH = 100  # columns of a terminal
 class Args:
     run: tyro.conf.Positional[str] = ""
     """run folder (default: the worked example)"""
-    row: grpo.PosInt = 48
+    row: grpo.PosInt = 94
     """the example's prompt: a line of tiny/prompts.jsonl"""
-    seed: int = 0
+    seed: int = 3
     """the example's random seed"""
     out: str = ""
     """Markdown file to write the example to"""
@@ -115,9 +117,9 @@ def train(script, **flags) -> dict:
 
 
 def warm_up(folder: Path) -> str:
-    """A policy that is not the reference: two steps of grpo.py from it. Returns its folder."""
-    train(grpo, run_dir=str(folder / "before"), steps=2, prompts_per_step=8, group_size=8, max_new_tokens=16)
-    return str(folder / "before/checkpoint-2")
+    """A policy that is not the reference: four large steps of grpo.py from it. Returns its folder."""
+    train(grpo, run_dir=str(folder / "before"), steps=4, prompts_per_step=8, group_size=8, max_new_tokens=16, lr=1e-3)
+    return str(folder / "before/checkpoint-4")
 
 
 def one_step(script, folder: Path, policy: str, data: str, seed: int) -> Step:
@@ -183,7 +185,7 @@ def by_token(step: Step, lines: dict) -> list:
     return tables
 
 
-def page(prompt: str, steps: dict) -> list:
+def page(prompt: str, steps: dict, args: Args) -> list:
     """The worked example."""
     g, p, r = steps["grpo"], steps["ppo"], steps["reinforce"]
     beta, mask = g.args.beta, g.rollout.mask
@@ -195,11 +197,14 @@ def page(prompt: str, steps: dict) -> list:
         "# One step, worked through",
         "One prompt, four completions, and what GRPO, PPO and REINFORCE make of them. `main` of `grpo.py`, `ppo.py` "
         "and `reinforce.py` made one step each, with the same seed, so with the same completions. Every number is "
-        "what a function of the scripts was given or gave. The policy `pi` is `tiny/policy` after two steps of "
-        "`grpo.py`; the reference `pi_ref` is `tiny/policy`.",
+        "what a function of the scripts was given or gave. The policy `pi` is `tiny/policy` after four steps "
+        "of `grpo.py` with lr 0.001; the reference `pi_ref` is `tiny/policy`.",
+        "```bash\npython tools/one_step.py\n```",
+        "prints this page (`--out docs/one_step.md` writes it, `--row` and `--seed` take another prompt and other "
+        "completions).",
         "## 1. Generate, 2. score",
         f"The prompt `x` is \"{prompt}\" The reward model gives each completion `y` one score `r(x, y)`.",
-        by_completion({"completion y": g.rollout.texts, "r": g.scores}),
+        by_completion({"completion y": [shorten(text, 60) for text in g.rollout.texts], "r": g.scores}),
         "## 3. Log-probs and KL",
         "Of each token `y_t`, the end of sequence included. `d_t` estimates the KL from the reference: it may be "
         "negative, and its mean is right. `k3_t` does as well, and is never negative.",
@@ -211,20 +216,19 @@ def page(prompt: str, steps: dict) -> list:
         "### GRPO",
         "One advantage for all tokens of a completion: how much better it scored than its group. The KL comes in "
         "with the loss.",
-        by_completion({"r": g.given("group_advantages", "rewards"),
-                       "A = (r - mean of r) / (std of r + 0.0001)": g.advantages}),
+        by_completion({"r": g.scores, "A = (r - mean of r) / (std of r + 0.0001)": g.advantages}),
         "### PPO",
         f"One advantage for each token. Its reward `r_t` is its part of the KL, with beta {beta:g}, and on the last "
         "token the score, too. The critic, which starts as the reward model, predicts the reward still to come, "
-        f"`V_t`. GAE with lambda {p.args.gae_lambda:g} adds up how much better things went than predicted, and "
+        f"`V_t`. GAE with gamma {p.args.gamma:g} and lambda {p.args.gae_lambda:g} adds up how much better things went than predicted, and "
         "whitening brings the advantages of all tokens to mean 0 and variance 1. The critic learns the returns "
         "`R_t`.",
         *by_token(p, {
             "V_t": p.result("rollout_values"),
             "r_t = -beta d_t (+ r)": p.result("token_rewards"),
-            "delta_t = r_t + V_t+1 - V_t": ppo.gae(
+            "delta_t = r_t + V_(t+1) - V_t": ppo.gae(
                 p.result("token_rewards"), p.result("rollout_values"), mask, p.args.gamma, 0.0)[0],
-            "A_t = delta_t + lambda A_t+1": p.result("gae", 0)[0],
+            "A_t = delta_t + lambda A_(t+1)": p.result("gae", 0)[0],
             "A_t, whitened": p.advantages,
             "R_t = A_t + V_t": p.result("gae", 1)[1]}),
         "### REINFORCE",
@@ -249,11 +253,30 @@ def page(prompt: str, steps: dict) -> list:
         f"{reinforce.Args.lr:g}). By so much it changes `log pi(y)`, the sum over the tokens:",
         by_completion({"r": g.scores, "log pi(y) before": g.logprobs.sum(1), "GRPO": changes["grpo"],
                        "PPO": changes["ppo"], "REINFORCE": changes["reinforce"]}),
-        "A second update of this rollout would begin with these ratios, the lowest to the highest: of tokens, or for "
-        "REINFORCE of tokens too, whose product is the completion's. GRPO and PPO clip a token's ratio, from "
-        f"{1 - g.args.clip_low:g} to {1 + g.args.clip_high:g}, where it has already moved the way that its advantage "
-        "wants; REINFORCE stops at the completion's.",
-        by_completion({"GRPO": spans["grpo"], "PPO": spans["ppo"], "REINFORCE": spans["reinforce"]})]
+        "A second update of this rollout would begin with these ratios, the lowest to the highest of a completion's "
+        f"tokens. GRPO and PPO clip a token's ratio, from {1 - g.args.clip_low:g} to {1 + g.args.clip_high:g}, where "
+        "it has already moved the way that its advantage wants. REINFORCE does so with the product of a completion's "
+        "ratios: all of its tokens, or none.",
+        by_completion({"GRPO": spans["grpo"], "PPO": spans["ppo"], "REINFORCE": spans["reinforce"]}),
+        *(NOTES if (args.row, args.seed) == (Args.row, Args.seed) else []),
+        "## Your own run",
+        "```bash\npython tools/one_step.py RUN\n```",
+        "takes the last checkpoint of a run of `grpo.py`, `ppo.py` or `reinforce.py`, samples a group of completions "
+        "for one prompt, and prints each token's advantage: as its color in a terminal, otherwise as a number below "
+        "it. For PPO it prints the critic's values, too. [Credit assignment](credit.md) asks whether they are right."]
+
+
+NOTES = [  # on the example without --row and --seed
+    "## What this example shows",
+    "`y1` is right and `y3` is wrong, but the reward model scores them nearly alike. No algorithm knows more than its "
+    "reward.",
+    "GRPO and REINFORCE push alike, since their advantages are nearly proportional. `y1` has an advantage above 0, and "
+    "yet becomes less likely: it begins with the same word as `y4`, whose advantage is further below 0. In GRPO each "
+    "token also counts by one over the length of its completion, an eighth in `y1` and a fifth in `y4`.",
+    "PPO makes `y4` more likely, the worst of the four, and `y3` less. Its critic is a reward model that reads "
+    "unfinished sentences, and has not been trained for that: from token to token its values jump by more than the "
+    "scores differ, and the advantages with them. Its first updates are there to learn (`--critic-warmup` gives it a "
+    "head start)."]
 
 
 def widths(table: list) -> list[int]:
@@ -262,7 +285,9 @@ def widths(table: list) -> list[int]:
 
 def table_lines(table: list, markdown: bool) -> list[str]:
     """A table as lines: texts to the left, numbers to the right."""
-    right = [all(cell[-1:].isdigit() for cell in column[1:]) for column in zip(*table)]
+    right = [all(re.fullmatch(r"-?\d+\.\d+", cell) for cell in column[1:]) for column in zip(*table)]
+    if markdown:
+        table = [[cell.replace("|", r"\|") for cell in row] for row in table]
     rows = [[cell.rjust(n) if to_right else cell.ljust(n) for cell, n, to_right in zip(row, widths(table), right)]
             for row in table]
     if not markdown:
@@ -277,7 +302,7 @@ def rendered(blocks: list, markdown: bool) -> str:
         if isinstance(block, list):
             parts.append("\n".join(table_lines(block, markdown)))
         else:
-            parts.append(block if block.startswith("#") else textwrap.fill(block, WIDTH, break_on_hyphens=False))
+            parts.append(block if block.startswith(("#", "```")) else textwrap.fill(block, WIDTH, break_on_hyphens=False))
     return "\n\n".join(parts) + "\n"
 
 
@@ -335,7 +360,7 @@ def main(args: Args):
     if args.out and not Path(args.out).parent.is_dir():
         raise grpo.UserError(f"--out: {Path(args.out).parent}: no such folder")
     with tempfile.TemporaryDirectory() as folder:
-        blocks = page(*worked_example(Path(folder), args.row, args.seed))
+        blocks = page(*worked_example(Path(folder), args.row, args.seed), args)
     if args.out:
         Path(args.out).write_text(rendered(blocks, markdown=True), encoding="utf-8")
     else:
