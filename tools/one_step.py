@@ -220,9 +220,9 @@ def page(prompt: str, steps: dict, args: Args) -> list:
         "### PPO",
         f"One advantage for each token. Its reward `r_t` is its part of the KL, with beta {beta:g}, and on the last "
         "token the score, too. The critic, which starts as the reward model, predicts the reward still to come, "
-        f"`V_t`. GAE with gamma {p.args.gamma:g} and lambda {p.args.gae_lambda:g} adds up how much better things went than predicted, and "
-        "whitening brings the advantages of all tokens to mean 0 and variance 1. The critic learns the returns "
-        "`R_t`.",
+        f"`V_t`. GAE with gamma {p.args.gamma:g} and lambda {p.args.gae_lambda:g} adds up how much better things went "
+        "than predicted, and whitening brings the advantages of all tokens to mean 0 and variance 1. The critic learns "
+        "the returns `R_t`.",
         *by_token(p, {
             "V_t": p.result("rollout_values"),
             "r_t = -beta d_t (+ r)": p.result("token_rewards"),
@@ -302,7 +302,8 @@ def rendered(blocks: list, markdown: bool) -> str:
         if isinstance(block, list):
             parts.append("\n".join(table_lines(block, markdown)))
         else:
-            parts.append(block if block.startswith(("#", "```")) else textwrap.fill(block, WIDTH, break_on_hyphens=False))
+            as_it_is = block.startswith(("#", "```"))
+            parts.append(block if as_it_is else textwrap.fill(block, WIDTH, break_on_hyphens=False))
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,5 +1,6 @@
 """tools/one_step.py: what it prints, by hand: in float64, from the formulas, with none of the scripts' functions."""
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def example(tmp_path_factory):
     folder = tmp_path_factory.mktemp("example")
     prompt, steps = tool.worked_example(folder, tool.Args().row, tool.Args().seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return SimpleNamespace(steps=steps, blocks=tool.page(prompt, steps, tool.Args()), policy=folder / "before/checkpoint-4")
+    blocks = tool.page(prompt, steps, tool.Args())
+    return SimpleNamespace(steps=steps, blocks=blocks, policy=folder / "before/checkpoint-4")
 
 
 def tables(blocks: list, heading: str) -> list:
@@ -307,7 +309,7 @@ def test_mistakes_are_one_line(runs, tmp_path):
     assert error(out=str(tmp_path / "no/page.md")) == f"--out: {tmp_path}/no: no such folder"
     assert error(row=10**6).startswith("--row: tiny/prompts.jsonl has ")
     assert error(row=0) == "--row: must be more than 0"
-    train(ppo, run_dir=str(tmp_path / "run"), resumable=False)
+    shutil.copytree(runs / "ppo", tmp_path / "run", ignore=shutil.ignore_patterns("resume"))
     assert error(run=str(tmp_path / "run")) == (f"{tmp_path}/run/checkpoint-1: was saved with --no-resumable, so it "
                                                 "holds the policy alone: no critic, and no state of the run")
     done = subprocess.run([sys.executable, "tools/one_step.py", "nowhere"], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""tools/single_file.py: the one file is the script and what it reaches, to the letter, and trains as the script does."""
+"""tools/single_file.py: the file is the script and what it reaches, to the letter, and trains as the script does."""
 import ast
 import builtins
 import dis
