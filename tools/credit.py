@@ -60,6 +60,9 @@ def load_run(folder: str, device: str):
     if not complete(run.dir):
         raise UserError(f"{folder}: has no checkpoint yet")
     _, checkpoint = complete(run.dir)[-1]
+    if not (checkpoint / "resume").is_dir():
+        raise UserError(f"{checkpoint}: was saved with --no-resumable, so it holds the policy alone: no critic, and "
+                        "no state of the run")
     run.state = read_json(checkpoint / "resume/state.json", folder)
     models = {"policy": run.trainable(load_causal_lm(args.model, run.device))}
     run.reward = run.load_reward(args.reward)
@@ -118,18 +121,29 @@ def next_step(run: Run, script, models: dict, n_prompts: int):
     return prompts, rollout, scores.tolist(), advantages * mask
 
 
-def credit_line(tokenizer, completion_ids, advantages, colors: bool) -> str:
-    """A completion (T,) with the advantage of each token (T,), as colors or numbers."""
-    words, before, largest = [], "", advantages.abs().max().clamp(min=1e-6)
-    for t, advantage in enumerate(advantages.tolist()):
+def token_texts(tokenizer, completion_ids) -> list[str]:
+    """What each token of a completion (T,) adds to its text."""
+    texts, before = [], ""
+    for t in range(len(completion_ids)):
         # decoded together: a token alone may be a part of a letter, or lose its space
         text = tokenizer.decode(completion_ids[:t + 1])
         word, before = text[len(before):], text
-        word = "".join(c if c.isprintable() else "\\n" if c == "\n" else "?" for c in word)
-        dark = 255 - int(200 * abs(advantage) / largest)
-        red, green = (dark, 255) if advantage > 0 else (255, dark)
-        words.append(f"\033[30;48;2;{red};{green};{dark}m{word}\033[0m" if colors else f"{word}[{advantage:+.2f}]")
-    return "".join(words)
+        texts.append("".join(c if c.isprintable() else "\\n" if c == "\n" else "?" for c in word))
+    return texts
+
+
+def colored(text: str, advantage: float, largest: float) -> str:
+    """A text on green if its advantage is above 0, on red if below, the stronger the nearer to the largest."""
+    dark = 255 - int(200 * abs(advantage) / largest)
+    red, green = (dark, 255) if advantage > 0 else (255, dark)
+    return f"\033[30;48;2;{red};{green};{dark}m{text}\033[0m"
+
+
+def credit_line(tokenizer, completion_ids, advantages, colors: bool) -> str:
+    """A completion (T,) with the advantage of each token (T,), as colors or numbers."""
+    largest = advantages.abs().max().clamp(min=1e-6).item()
+    return "".join(colored(word, advantage, largest) if colors else f"{word}[{advantage:+.2f}]" for word, advantage
+                   in zip(token_texts(tokenizer, completion_ids), advantages.tolist()))
 
 
 def main(args: Args):
