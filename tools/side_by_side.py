@@ -89,13 +89,17 @@ def similarity(a: str, b: str) -> float:
 
 
 def changed(a: str, b: str) -> tuple[list[int], list[int]]:
-    """Where the words of two lines differ: start and end, start and end ... of each."""
+    """Where the words of two lines differ: start and end, start and end ... of each. Where only the indentation
+    does, that."""
+    if a.strip() == b.strip():
+        return [0, len(a) - len(a.lstrip())], [0, len(b) - len(b.lstrip())]
     marks, starts = ([], []), [list(places(words(x))) for x in (a, b)]
     for kind, *where in SequenceMatcher(None, words(a), words(b), autojunk=False).get_opcodes():
         for side, (first, last) in enumerate((where[:2], where[2:])):
-            start, end = starts[side][first], starts[side][last]
-            if kind != "equal" and (a, b)[side][start:end].strip():
-                marks[side].extend((start, end))
+            start, part = starts[side][first], "".join(words((a, b)[side])[first:last])
+            if kind != "equal" and part.strip():
+                start += len(part) - len(part.lstrip())
+                marks[side].extend((start, start + len(part.strip())))
     return marks
 
 
@@ -327,6 +331,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "docs/side_by_side.html", help="file to write")
     try:
         out = parser.parse_args().out
+        if not out.parent.is_dir():
+            raise Mistake(f"--out {out}: the folder {out.parent} does not exist: make it first")
         text = page()
         try:
             out.write_text(text, encoding="utf-8")
