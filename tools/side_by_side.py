@@ -8,6 +8,7 @@ tools/side_by_side_template.html. Run this again when a script or a shared modul
 """
 import argparse
 import ast
+import functools
 import json
 import re
 import sys
@@ -82,6 +83,7 @@ def words(line: str) -> list[str]:
     return re.findall(r"\w+|\s+|[^\w\s]", line)
 
 
+@functools.cache
 def similarity(a: str, b: str) -> float:
     """Share of words in common; signs, and a comment after code, aside."""
     a, b = (re.findall(r"\w+", re.sub(r"(?<=\S)  # .*", "", line)) for line in (a, b))
@@ -145,6 +147,7 @@ def align(a: list[str], b: list[str]) -> dict:
 
 # --- colors of the syntax
 
+@functools.cache
 def kinds(source: str) -> list[list]:
     """For each line: start, end and kind of its parts, where the kind is k (keyword), s (string),
     c (comment), n (number or constant) or f (what is defined)."""
