@@ -1,4 +1,5 @@
 """docs/side_by_side.html and tools/side_by_side.py: what the page holds, and, in a browser, what it does."""
+import difflib
 import functools
 import html.parser
 import importlib
@@ -235,6 +236,7 @@ class Base:
 class Run(Base):
     """A run."""
     def __init__(self, n: int):
+        """Begins."""
         self.n = n
 
 def start(
@@ -271,7 +273,8 @@ def test_names_of_a_small_script(tmp_path, monkeypatch):
         5: [20, 23, "Run", 24, 29, "start"], 7: [14, 17, "Run"], 8: [17, 22, "Large"], 9: [10, 14, "Run.save"]}
     assert held["known"] == {
         "Large": {"module": "shared.py", "signature": "Small, Large = 1, 2", "doc": ""},
-        "Run": {"module": "shared.py", "signature": "class Run(Base):\n    def __init__(self, n: int):", "doc": "A run."},
+        "Run": {"module": "shared.py", "signature": "class Run(Base):\n    def __init__(self, n: int):",
+                "doc": "A run."},
         "Run.save": {"module": "shared.py", "signature": "def save(self, é):", "doc": "Saves."},
         "start": {"module": "shared.py", "signature": "def start(\n        n: int) -> int:  # how many",
                   "doc": "Starts."}}
@@ -293,7 +296,7 @@ def test_the_tool_writes_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("flags, line", [
-    (["--out", "nowhere/page.html"], "error: --out nowhere/page.html: the folder nowhere does not exist: make it first"),
+    (["--out", "nowhere/a.html"], "error: --out nowhere/a.html: the folder nowhere does not exist: make it first"),
     (["--outt"], "error: unrecognized arguments: --outt: see --help"),
     (["grpo"], "error: unrecognized arguments: grpo: see --help")])
 def test_a_wrong_flag_gets_one_line(flags, line):
@@ -381,7 +384,7 @@ def browser():
     if path is None:
         pytest.skip(f"no browser ({', '.join(BROWSERS)}): apt-get install chromium")
     with playwright.sync_playwright() as run:
-        chromium = run.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        chromium = run.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield chromium
         chromium.close()
 
@@ -393,6 +396,7 @@ def opened(browser):
 
     def open_page(address="", width=1600, height=1000, **settings):
         contexts.append(browser.new_context(viewport={"width": width, "height": height}, **settings))
+        contexts[-1].set_default_timeout(120_000)  # for a machine that is busy
         page = contexts[-1].new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text))
@@ -409,7 +413,8 @@ def opened(browser):
 
 CELLS = """() => [...document.querySelectorAll("tbody tr:not(.fold)")].map(row => ({
     mark: row.className === "mark", hidden: row.hidden, cells: [...row.children].map(cell => ({
-        line: +cell.dataset.line || null, kind: cell.className, text: cell.querySelector("code")?.textContent ?? null}))}))
+        line: +cell.dataset.line || null, kind: cell.className,
+        text: cell.querySelector("code")?.textContent ?? null}))}))
 """
 
 
@@ -430,8 +435,9 @@ def top_of(page, section: str) -> list[float]:
     }""", section)
 
 
-@pytest.mark.parametrize("columns", [*PAIRS, ("ppo", "grpo"), ("grpo", "ppo", "reinforce"), ("dpo", "grpo", "reward_model"),
-                                     ("reward_model", "reinforce", "dpo")], ids=",".join)
+@pytest.mark.parametrize("columns", [*PAIRS, ("ppo", "grpo"), ("grpo", "ppo", "reinforce"),
+                                     ("dpo", "grpo", "reward_model"), ("reward_model", "reinforce", "dpo")],
+                         ids=",".join)
 def test_every_line_of_each_column_is_drawn_once_and_colored_where_it_differs(opened, columns):
     rows = opened("#" + ",".join(columns)).evaluate(CELLS)
     for k, name in enumerate(columns):
@@ -450,7 +456,6 @@ def test_every_line_of_each_column_is_drawn_once_and_colored_where_it_differs(op
 
 def test_pairs_agree_with_difflib_on_what_is_the_same(opened):
     """In a section, as many lines stand beside their like as difflib finds."""
-    import difflib
     rows = opened("#grpo,ppo").evaluate(CELLS)
     ours, theirs = (sections(read(f"{name}.py")) for name in ("grpo", "ppo"))
     shared = [difflib.SequenceMatcher(None, lines, theirs[name], autojunk=False) for name, lines in ours.items()
@@ -636,7 +641,8 @@ def test_on_a_phone_one_column_is_seen_and_tabs_switch(opened):
     assert group.is_visible() and page.evaluate("document.activeElement.textContent") == "grpo"
     assert [tab.get_attribute("aria-selected") for tab in tabs.all()] == ["true", "false"]
     page.locator("#sections").get_by_text("the critic").tap()  # which PPO alone has
-    assert tabs.nth(1).get_attribute("aria-selected") == "true" and top_of(page, "the-critic") == pytest.approx([0], abs=2)
+    assert tabs.nth(1).get_attribute("aria-selected") == "true"
+    assert top_of(page, "the-critic") == pytest.approx([0], abs=2)
     for cell in page.locator("tbody td[data-line]").locator("visible=true").all()[:80]:
         assert cell.bounding_box()["width"] == 400
 
