@@ -546,6 +546,8 @@ def test_tabbing_to_a_name_tells_what_it_is(opened):
         if page.evaluate("document.activeElement.className") == "name":
             seen.append(page.evaluate("document.activeElement.dataset.key"))
             assert page.locator("#tip").is_visible()
+            assert page.evaluate("""document.activeElement.getBoundingClientRect().top
+                                    >= document.querySelector("#tools").getBoundingClientRect().bottom""")
             assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
             assert f"def {seen[-1].rpartition('.')[2]}(" in page.locator("#tip").inner_text()
             page.keyboard.press("Escape")
