@@ -17,7 +17,7 @@ from flags import read_json, write_json, write_whole
 from modeling import UserError, first_line
 from runtime import Run, gather_objects
 
-def save(run: Run, step: int):
+def save_checkpoint(run: Run, step: int):
     """RUN/checkpoint-STEP: what from_pretrained loads, and in resume/ what --resume needs.
     It has its name only when it is complete, so a kill leaves no half of one."""
     folder, part = run.dir / f"checkpoint-{step}", run.dir / f"checkpoint-{step}.part"
@@ -64,7 +64,7 @@ def save(run: Run, step: int):
         print(f"the trained model is in {folder}")
 
 
-def load(run: Run):
+def load_checkpoint(run: Run):
     """Loads the last checkpoint, and takes the run's folder back to it."""
     where = f"--resume {run.dir}"
     if not complete(run.dir):

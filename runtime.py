@@ -470,8 +470,8 @@ class Run:
             self._open()
         gather_objects([])  # the others wait
         if self.args.resume:
-            import checkpoints
-            checkpoints.load(self)
+            from checkpoints import load_checkpoint
+            load_checkpoint(self)
         step = self.state["step"]
         if self.rank == 0:
             flags = {k: writable(v) for k, v in vars(self.args).items()} | {"resume": ""}
@@ -525,8 +525,8 @@ class Run:
 
     def save(self, step: int):
         """Writes RUN/checkpoint-STEP."""
-        import checkpoints
-        checkpoints.save(self, step)
+        from checkpoints import save_checkpoint
+        save_checkpoint(self, step)
 
     def to_continue(self) -> str:
         return f"; to continue: --resume {self.dir}" if self.args.resumable else ""
