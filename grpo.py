@@ -17,8 +17,8 @@ Differences from the paper:
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
-Its relatives. Their clips matter only with several updates per rollout (--minibatches 4);
-with one, the ratio is 1, GSPO, GMPO and SAPO are GRPO, and CISPO is DAPO:
+Its relatives. With one update per rollout the ratio is 1: then GSPO, GMPO and SAPO equal GRPO,
+and CISPO equals DAPO. Their clips matter with several (--minibatches 4):
 
     DAPO        --loss-type dapo --clip-high 0.28 --beta 0 --max-resamples 5
                 --truncation-penalty 1 --max-new-tokens 20480 --overlong-window 4096
@@ -138,9 +138,9 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
     logprobs, old_logprobs, mask: (B, T); advantages: (B,).
     grpo, dapo, dr_grpo: PPO's clipped objective (arXiv:1707.06347, eq. 7).
     gspo: one ratio per completion, the geometric mean over tokens (arXiv:2507.18071, eq. 7).
+    gmpo: as gspo, but each token is clipped before the mean is taken (arXiv:2507.20673).
     cispo: the clipped ratio weights the log-prob, so no token loses its gradient
         (arXiv:2506.13585).
-    gmpo: the same, but tokens are clipped before the mean is taken (arXiv:2507.20673).
     sapo: a smooth weight instead of the clip (arXiv:2511.20347).
     """
     advantages = advantages[:, None]
@@ -153,7 +153,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
         loss = -clipped_ratio.detach() * advantages * logprobs
         clipped = clipped_ratio != ratio
     elif loss_type == "sapo":
-        tau = torch.where(advantages > 0, 1.0, 1.05)
+        tau = torch.where(advantages > 0, 1.0, 1.05)  # the paper's
         loss = -advantages * 4 / tau * (tau * (ratio - 1)).sigmoid()  # slope 1 at ratio 1
         clipped = torch.zeros_like(ratio, dtype=torch.bool)
     else:
@@ -293,20 +293,20 @@ def main(args: Args):
             if count == 0:
                 break
             groups_replaced += count
-            others = run.draw_rows(train_rows, flat.sum(), generator)  # 1 or more, for FSDP
+            others = run.draw_rows(train_rows, flat.sum(), generator)  # at least 1, for FSDP
             new = sample(policy, others, args.group_size, run, tokenizer, generator)
             new_scores = reward(repeat(others, args.group_size), new.texts)
             prompts, rollout, scores = replace_groups(
                 flat, (prompts, rollout, scores), (others, new, new_scores))
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # the sampler's own differ by rounding: metric sampler_gap
+        run.phase("logprobs")  # again: the sampler's differ by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update they are filled in at step 5
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # no reference: the same tensor, so the KL is 0
+            ref_logprobs = old_logprobs  # no reference: an alias, so the KL stays 0
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
@@ -336,7 +336,7 @@ def main(args: Args):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # these are the old log-probs: the ratio is exactly 1
+                    if updates == 0:  # instead of step 3's: the ratio is exactly 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],
@@ -345,7 +345,7 @@ def main(args: Args):
                         loss = loss + args.beta * kl_loss(
                             logprobs, old_logprobs[rows], ref_logprobs[rows],
                             args.kl_estimator)
-                    if args.importance_cap > 0:  # the KL's tokens have the same sampler
+                    if args.importance_cap > 0:  # the KL's term, too: same tokens
                         loss = loss * importance_weights(
                             old_logprobs[rows], rollout.sampler_logprobs[rows],
                             args.importance_cap)

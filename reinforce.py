@@ -250,13 +250,13 @@ def main(args: Args):
         scores = reward(repeat(prompts, args.group_size), rollout.texts)  # (B,); nan: no score
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # the sampler's own differ by rounding: metric sampler_gap
+        run.phase("logprobs")  # again: the sampler's differ by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update they are filled in at step 5
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # no reference: the same tensor, so the KL is 0
+            ref_logprobs = old_logprobs  # no reference: an alias, so the KL stays 0
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
@@ -297,7 +297,7 @@ def main(args: Args):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # these are the old log-probs: the ratio is exactly 1
+                    if updates == 0:  # instead of step 3's: the ratio is exactly 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],

@@ -197,17 +197,19 @@ def page(prompt: str, steps: dict, args: Args) -> list:
         "# One step, worked through",
         "One prompt, four completions, and what GRPO, PPO and REINFORCE make of them. `main` of `grpo.py`, `ppo.py` "
         "and `reinforce.py` made one step each, with the same seed, so with the same completions. Every number is "
-        "what a function of the scripts was given or gave. The policy `pi` is `tiny/policy` after four steps "
-        "of `grpo.py` with lr 0.001; the reference `pi_ref` is `tiny/policy`.",
+        "what a function of the scripts was given or gave. The reference `pi_ref` is `tiny/policy`; the policy `pi` "
+        "is the same after four steps of `grpo.py` with lr 0.001, so that the KL between them is not 0.",
+        "This command prints the page. `--out docs/one_step.md` writes it; `--row` and `--seed` take another prompt "
+        "and other completions.",
         "```bash\npython tools/one_step.py\n```",
-        "prints this page (`--out docs/one_step.md` writes it, `--row` and `--seed` take another prompt and other "
-        "completions).",
+        "Four symbols look alike. `r` is a completion's score, `r_t` a token's reward, `R_t` PPO's return, and `R` "
+        "REINFORCE's score minus its KL. `d_t` is called k1 in `common.py`, `k3_t` k3.",
         "## 1. Generate, 2. score",
         f"The prompt `x` is \"{prompt}\" The reward model gives each completion `y` one score `r(x, y)`.",
         by_completion({"completion y": [shorten(text, 60) for text in g.rollout.texts], "r": g.scores}),
         "## 3. Log-probs and KL",
-        "Of each token `y_t`, the end of sequence included. `d_t` estimates the KL from the reference: it may be "
-        "negative, and its mean is right. `k3_t` does as well, and is never negative.",
+        "For each token `y_t`, including the end of sequence. `d_t` and `k3_t` are both unbiased estimates of the KL "
+        "from the reference; `d_t` may be negative, `k3_t` never is.",
         *by_token(g, {
             "log pi(y_t)": g.logprobs, "log pi_ref(y_t)": g.ref_logprobs,
             "d_t = log pi - log pi_ref": kl_estimate(g.logprobs, g.ref_logprobs),
@@ -215,14 +217,14 @@ def page(prompt: str, steps: dict, args: Args) -> list:
         "## 4. Advantages",
         "### GRPO",
         "One advantage for all tokens of a completion: how much better it scored than its group. The KL comes in "
-        "with the loss.",
+        f"with the loss. The std has the divisor n - 1: here it is {number(g.scores.std())}.",
         by_completion({"r": g.scores, "A = (r - mean of r) / (std of r + 0.0001)": g.advantages}),
         "### PPO",
-        f"One advantage for each token. Its reward `r_t` is its part of the KL, with beta {beta:g}, and on the last "
-        "token the score, too. The critic, which starts as the reward model, predicts the reward still to come, "
-        f"`V_t`. GAE with gamma {p.args.gamma:g} and lambda {p.args.gae_lambda:g} adds up how much better things went "
-        "than predicted, and whitening brings the advantages of all tokens to mean 0 and variance 1. The critic learns "
-        "the returns `R_t`.",
+        f"One advantage for each token. A token's reward `r_t` is minus beta ({beta:g}) times its share of the KL; the "
+        "last token also gets the score `r`. The critic, which starts as the reward model, predicts the reward still "
+        "to come, `V_t`, before it has read `y_t`, so all four start at the same value. GAE with gamma "
+        f"{p.args.gamma:g} (left out of the formulas) and lambda {p.args.gae_lambda:g} adds up how much better things "
+        "went than predicted. The critic learns the returns `R_t`. " + whitening(p),
         *by_token(p, {
             "V_t": p.result("rollout_values"),
             "r_t = -beta d_t (+ r)": p.result("token_rewards"),
@@ -250,13 +252,14 @@ def page(prompt: str, steps: dict, args: Args) -> list:
           number(r.metrics["grad_norm"])]],
         f"A gradient longer than {g.args.max_grad_norm:g} is scaled down to that. AdamW makes one update with lr "
         f"{LR:g} (the scripts' own, for whole rollouts of the tiny world, are {grpo.Args.lr:g}, {ppo.Args.lr:g} and "
-        f"{reinforce.Args.lr:g}). By so much it changes `log pi(y)`, the sum over the tokens:",
+        f"{reinforce.Args.lr:g}: four completions are fewer). The update changes `log pi(y)`, the sum over the tokens, by:",
         by_completion({"r": g.scores, "log pi(y) before": g.logprobs.sum(1), "GRPO": changes["grpo"],
                        "PPO": changes["ppo"], "REINFORCE": changes["reinforce"]}),
-        "A second update of this rollout would begin with these ratios, the lowest to the highest of a completion's "
-        f"tokens. GRPO and PPO clip a token's ratio, from {1 - g.args.clip_low:g} to {1 + g.args.clip_high:g}, where "
-        "it has already moved the way that its advantage wants. REINFORCE does so with the product of a completion's "
-        "ratios: all of its tokens, or none.",
+        "If this rollout were used for a second update, its ratios would start here (the lowest to the highest of "
+        f"each completion's tokens). GRPO and PPO clip a token's ratio, to {1 - g.args.clip_low:g} or "
+        f"{1 + g.args.clip_high:g}, if it has already moved the way that its advantage wants. REINFORCE weights a "
+        "completion by the product of its tokens' ratios in such an update, and clips that product: all of its "
+        "tokens, or none.",
         by_completion({"GRPO": spans["grpo"], "PPO": spans["ppo"], "REINFORCE": spans["reinforce"]}),
         *(NOTES if (args.row, args.seed) == (Args.row, Args.seed) else []),
         "## Your own run",
@@ -273,10 +276,18 @@ NOTES = [  # on the example without --row and --seed
     "GRPO and REINFORCE push alike, since their advantages are nearly proportional. `y1` has an advantage above 0, and "
     "yet becomes less likely: it begins with the same word as `y4`, whose advantage is further below 0. In GRPO each "
     "token also counts by one over the length of its completion, an eighth in `y1` and a fifth in `y4`.",
-    "PPO makes `y4` more likely, the worst of the four, and `y3` less. Its critic is a reward model that reads "
+    "PPO makes `y4`, the worst of the four, more likely, and `y3` less likely. Its critic is a reward model that reads "
     "unfinished sentences, and has not been trained for that: from token to token its values jump by more than the "
-    "scores differ, and the advantages with them. Its first updates are there to learn (`--critic-warmup` gives it a "
-    "head start)."]
+    "scores differ, and the advantages with them. Its first updates mostly train the critic "
+    "(`--critic-warmup` gives it a head start)."]
+
+
+def whitening(step: Step) -> str:
+    """What it subtracts and divides by, in words."""
+    before = step.result("gae", 0)[0][step.rollout.mask.bool()]
+    return (f"Whitening subtracts the mean of the {len(before)} advantages, {number(before.mean())}, and divides by their "
+            f"std, {number(before.std(correction=0))} (divisor n): "
+            f"{int((before > 0).sum())} are above 0 before it, and {int((before > before.mean()).sum())} after it.")
 
 
 def widths(table: list) -> list[int]:
