@@ -312,7 +312,7 @@ def table(rows: list[dict]) -> str:
 def main(args: Args):
     if not args.table:
         measure(args)
-    text = table(read_jsonl(FILE))
+    text = table(read_jsonl(FILE) if FILE.exists() else [])
     print(text)
     path = DOCS / "claims.md"
     before, _, rest = path.read_text().partition("<!-- table -->\n")

@@ -155,6 +155,14 @@ def test_what_a_critic_knows():
     assert knowledge(prompts)["within"] == 0
 
 
+def test_tables_in_the_docs_are_those_of_the_results(capsys):
+    variants, claims = load("benchmarks/variants.py"), load("benchmarks/claims.py")
+    variants.table(variants.read_jsonl(variants.FILE))
+    assert capsys.readouterr().out in Path("docs/measurements.md").read_text()
+    rows = claims.read_jsonl(claims.FILE) if claims.FILE.exists() else []
+    assert claims.table(rows) + "\n<!-- end -->" in Path("docs/claims.md").read_text()
+
+
 def test_the_figures_are_of_all_runs():
     rows = [json.loads(line) for line in Path("benchmarks/results/hacking.jsonl").read_text().splitlines()]
     runs = {(row["algorithm"], row["beta"], row["seed"]) for row in rows if "seed" in row}
