@@ -739,7 +739,8 @@ def test_text_is_selected_in_one_column(opened):
     first = page.locator("#at-advantages ~ tr td.only:nth-child(2)").first.bounding_box()
     page.mouse.move(first["x"] + 60, first["y"] + 5)
     page.mouse.down()
-    page.mouse.move(first["x"] + 500, first["y"] + first["height"] * 6)
+    page.mouse.move(first["x"] + 500, first["y"] + first["height"] * 8.5)
     page.mouse.up()
     text = page.evaluate("getSelection().toString()")
-    assert "kl_estimate(old_logprobs, ref_logprobs)" in text and "339" not in text
+    assert "kl_estimate(old_logprobs, ref_logprobs)" in text and "args.whiten" in text
+    assert "kl_in_reward" not in text  # which stands beside args.whiten
