@@ -166,7 +166,7 @@ def test_the_readme_has_commands_and_links_to_every_other_page():
 
 
 @pytest.mark.parametrize("path", [*SCRIPTS, "tools/compare.py", "tools/plot.py", "tools/credit.py",
-                                  "tools/one_step.py", "tools/single_file.py", "tiny/make.py", "examples/takes_up_numbers.py"])
+                                  "tools/one_step.py", "tools/side_by_side.py", "tools/single_file.py", "tiny/make.py", "examples/takes_up_numbers.py"])
 def test_indented_commands_in_docstrings(path):
     text = re.sub(r"\\\n\s*", " ", ast.get_docstring(ast.parse(read(path)), clean=False))
     found = commands("```\n" + "\n".join(re.findall(r"^ {4}(python .*)$", text, re.M)) + "\n```\n")
