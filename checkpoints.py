@@ -80,13 +80,7 @@ def load_checkpoint(run: Run):
                         "nor the --reference changed that it renews")
     saved = read_json(folder / "resume/state.json", where)
     try:
-        run.state = {name: saved[name] for name in run.state}
-        for count in (saved["step"], *saved["updates"].values()):
-            if type(count) is not int or not 0 <= count < 10**8:
-                raise UserError(f"{count!r} is no number of steps")
-        if run.rank == 0 and saved["checksums"] != checksums(folder / "resume"):
-            raise UserError("a file has changed since it was written")
-        MetadataOnly(open(folder / "resume/.metadata", "rb")).load()
+        check_state(run, folder, saved)
         with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors(run), checkpoint_id=folder / "resume",
                      no_dist=not dist.is_initialized())
@@ -109,6 +103,18 @@ def load_checkpoint(run: Run):
             except (ValueError, TypeError, KeyError):
                 raise UserError(f"{where}: {path} has a line that no run has written")
     gather_objects([])
+
+
+def check_state(run: Run, folder: Path, saved: dict):
+    """Takes over a checkpoint's state. Raises if a file has changed since it was written, or
+    if dcp.load would run code from it."""
+    run.state = {name: saved[name] for name in run.state}
+    for count in (saved["step"], saved["rows"], *saved["updates"].values()):
+        if type(count) is not int or not 0 <= count < 2**32:
+            raise UserError(f"{count!r} is no number of steps")
+    if run.rank == 0 and saved["checksums"] != checksums(folder / "resume"):
+        raise UserError("a file has changed since it was written")
+    MetadataOnly(open(folder / "resume/.metadata", "rb")).load()
 
 
 def complete(folder: Path) -> list[tuple[int, Path]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import tyro
 
 from algorithms import FILE, ONLINE, facts_of, jobs_of
-from many import read_jsonl, run_all
+from many import check_names, read_jsonl, run_all
 
 FIGURES = {"first": "gold (or accuracy) before", "last": "gold (or accuracy) after", "kl": "KL", "length": "length"}
 
@@ -42,6 +42,7 @@ def moved(before: list[float], now: list[float]) -> tuple[float, bool]:
 def main(args: Args):
     if args.seeds < 2:
         sys.exit("error: --seeds: at least 2, for a spread")
+    check_names("--scripts", args.scripts, Args.scripts)
     with tempfile.TemporaryDirectory() as folder:
         rows = [facts_of(job, memory) for job, _, memory in run_all(jobs_of(args.scripts, args.seeds, folder))]
     committed, bad = read_jsonl(FILE), 0
@@ -50,7 +51,11 @@ def main(args: Args):
         for column, name in FIGURES.items():
             before, now = ([row[column] for row in found if row["script"] == script and row.get(column) is not None]
                            for found in (committed, rows))
-            if min(len(before), len(now)) > 1:
+            if len(before) > 1 and len(now) < 2:
+                bad += 1
+                print(f"| {script} | {name} | {statistics.fmean(before):.3f} | missing in {args.seeds - len(now)} of "
+                      f"{args.seeds} runs | | MOVED |")
+            elif len(before) > 1:
                 size, far = moved(before, now)
                 bad += far
                 print(f"| {script} | {name} | {statistics.fmean(before):.3f} ({statistics.stdev(before):.3f}) | "

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import tyro
 
-from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
+from many import DOCS, RESULTS, ROOT, check_names, commit, read_jsonl, run_all, write_jsonl
 
 FILE, VARIANTS = RESULTS / "claims.jsonl", RESULTS / "variants.jsonl"
 BEST = "benchmarks/variants.py:best"  # 1 if the gold reward is above 0.9, else 0
@@ -261,6 +261,7 @@ def best_of_n_bound():
 
 
 def measure(args: Args):
+    check_names("--only", args.only, CLAIMS)
     rows = read_jsonl(FILE) if FILE.exists() else []
     before = {(row["run"], row["seed"]) for row in rows}
     wanted = list(dict.fromkeys(run for name in args.only or CLAIMS for run in CLAIMS[name][2]))

@@ -49,7 +49,14 @@ def run_all(jobs: list[tuple], workers: int = 2, fresh: bool = False, threads: i
             yield found
 
 
+def check_names(flag: str, names, known):
+    if unknown := set(names) - set(known):
+        sys.exit(f"error: {flag}: {min(unknown)!r} is none of {', '.join(known)}")
+
+
 def read_jsonl(path) -> list[dict]:
+    if not Path(path).exists():
+        sys.exit(f"error: {path}: no results yet: run this without --table or --draw")
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 

@@ -41,18 +41,26 @@ class Args:
     workers: int = 2
 
 
-def reward_models(args: Args, folder: str, before: set) -> dict:
-    """{(pairs, seed): its folder}, trained on pairs of its own (of 9,000 pairs there is one set), with the held-out
-    accuracy printed and kept in the results."""
+def wanted(seeds: int) -> list[tuple]:
+    """(algorithm, pairs, beta, seed) of all runs; best-of-n stands for its one row for each n."""
+    found = [("best of n", size, 0.0, 0) for size in SIZES]
+    for seed in range(seeds):
+        for size in SIZES:
+            found += [("grpo", size, beta, seed) for beta in BETAS]
+        found += [(script, 1000, 0.0, seed) for script in OWN if script != "grpo"]
+    return found
+
+
+def reward_models(args: Args, folder: str, missing: list[tuple]) -> dict:
+    """{(pairs, seed): (its folder, held-out accuracy)}, trained on pairs of its own (of 9,000 pairs there is one set),
+    for the runs that are missing."""
     lines, jobs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True), []
-    for seed in range(args.seeds):
-        for size, epochs in SIZES.items():
-            if not all(("grpo", size, beta, seed) in before for beta in BETAS):
-                start = 0 if size == 9000 else seed * size
-                data = Path(folder, f"pairs-{size}-{seed}.jsonl")
-                data.write_text("".join(lines[start:start + size] + lines[-600:]))
-                jobs.append(("reward_model", {"data": str(data), "bias_prompts": 0, "epochs": epochs, "seed": seed,
-                                              "save_every": 0, "run_dir": f"{folder}/model-{size}-{seed}"}))
+    for size, seed in dict.fromkeys((size, seed) for _, size, _, seed in missing):
+        start = 0 if size == 9000 else seed * size
+        data = Path(folder, f"pairs-{size}-{seed}.jsonl")
+        data.write_text("".join(lines[start:start + size] + lines[-600:]))
+        jobs.append(("reward_model", {"data": str(data), "bias_prompts": 0, "epochs": SIZES[size], "seed": seed,
+                                      "save_every": 0, "run_dir": f"{folder}/model-{size}-{seed}"}))
     found = {}
     for (_, flags), _, _ in run_all(jobs, args.workers):
         run = Path(flags["run_dir"])
@@ -64,15 +72,16 @@ def reward_models(args: Args, folder: str, before: set) -> dict:
 def measure(args: Args) -> list[dict]:
     rows = read_jsonl(FILE) if FILE.exists() else []
     before = {(row["algorithm"], row["pairs"], row["beta"], row["seed"]) for row in rows}
+    missing = [run for run in wanted(args.seeds) if run not in before]
     with tempfile.TemporaryDirectory() as folder:
-        models, jobs = reward_models(args, folder, before), []
-        for (size, seed), (model, _) in sorted(models.items(), key=lambda item: item[0][::-1]):
-            for script in OWN:
-                for beta in BETAS if script == "grpo" else BETAS[:1]:
-                    if (script, size, beta, seed) not in before and (script == "grpo" or size == 1000):
-                        jobs.append((script, POLICY | OWN[script] | {
-                            "reward": model, "beta": beta, "seed": seed,
-                            "run_dir": f"{folder}/{script}-{size}-{beta:g}-{seed}"}))
+        models = reward_models(args, folder, missing)
+        for algorithm, size, _, seed in missing:
+            if algorithm == "best of n":
+                rows += best_of_n(size, models[size, seed][0])
+                write_jsonl(FILE, rows)
+        jobs = [(script, POLICY | OWN[script] | {"reward": models[size, seed][0], "beta": beta, "seed": seed,
+                                                 "run_dir": f"{folder}/{script}-{size}-{beta:g}-{seed}"})
+                for script, size, beta, seed in missing if script != "best of n"]
         for (script, flags), _, _ in run_all(jobs, args.workers):
             size = int(Path(flags["run_dir"]).name.split("-")[1])
             rows += [{"algorithm": script, "pairs": size, "beta": flags["beta"], "seed": flags["seed"],
@@ -81,11 +90,6 @@ def measure(args: Args) -> list[dict]:
                       **commit()}
                      for row in read_jsonl(Path(flags["run_dir"], "metrics.jsonl")) if "eval_gold" in row]
             write_jsonl(FILE, rows)
-        rows = [row for row in rows if row["algorithm"] != "best of n" or (row["pairs"], 0) not in models]
-        for (size, seed), (model, accuracy) in models.items():
-            if seed == 0:
-                rows += best_of_n(size, model)
-        write_jsonl(FILE, rows)
     return rows
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from many import RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, write_jsonl
 
 FILE = RESULTS / "sums.jsonl"
 ONLINE = {"reward": "examples/sums.py:right", "eval_prompts": 81, "prompts_per_step": 8, "group_size": 8,
@@ -78,6 +78,7 @@ def curve_of(folder: Path) -> dict:
 
 
 def measure(args: Args):
+    check_names("--only", args.only, RUNS)
     rows = read_jsonl(FILE) if FILE.exists() else []
     before = {(row["name"], row["seed"]) for row in rows}
     todo = [(name, seed) for seed in range(args.seeds) for name in args.only if (name, seed) not in before]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from many import RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, write_jsonl
 
 FILE, PROMPTS = RESULTS / "tune.jsonl", 300
 DEFAULTS = {"grpo": {"lr": 4e-4, "beta": 0.04}, "ppo": {"lr": 3e-4, "beta": 0.04},
@@ -62,6 +62,7 @@ def third_set(folder: Path):
 
 
 def measure(args: Args):
+    check_names("--scripts", args.scripts, DEFAULTS)
     rows = read_jsonl(FILE) if FILE.exists() else []
     before = {(row["script"], json.dumps(row["flags"]), row["seed"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:

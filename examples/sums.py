@@ -27,8 +27,12 @@ def right(completions, answer, **columns) -> list[float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2 or sys.argv[-1].startswith("-"):
+        sys.exit(__doc__)
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "sums.jsonl")
-    if path.exists():
-        sys.exit(f"error: {path} exists: name another file, or remove it")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows())
+    except OSError as error:
+        sys.exit(f"error: {path}: {error.strerror}: name another file")
     print(f"wrote {path}: {len(rows())} prompts")

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from checkpoints import complete, last_line  # noqa: E402
+from checkpoints import check_state, complete, last_line  # noqa: E402
 from common import as_messages, kl_estimate, load_prompts, load_tokenizer, masked_whiten, rollout_logprobs  # noqa: E402
 from evaluation import shorten  # noqa: E402
 from flags import PosInt, RunArgs, cli, read_json  # noqa: E402
@@ -53,7 +53,7 @@ def load_run(folder: str, device: str):
     script = next((script for script in map(importlib.import_module, ("grpo", "ppo", "reinforce"))
                    if names == {field.name for field in dataclasses.fields(script.Args)}), None)
     if script is None:
-        raise UserError(f"{folder}: not a run of grpo.py, ppo.py or reinforce.py")
+        raise UserError(f"{folder}: not a run of grpo.py, ppo.py or reinforce.py in this version")
     args = script.Args(**{name: flags[name] for name in names} | {
         "resume": folder, "device": device, "tensorboard": False})
     run = Run(args, script.__file__)
@@ -63,7 +63,12 @@ def load_run(folder: str, device: str):
     if not (checkpoint / "resume").is_dir():
         raise UserError(f"{checkpoint}: was saved with --no-resumable, so it holds the policy alone: no critic, and "
                         "no state of the run")
-    run.state = read_json(checkpoint / "resume/state.json", folder)
+    saved = read_json(checkpoint / "resume/state.json", folder)
+    run.state |= dict.fromkeys(saved.keys() - {"updates", "checksums"})  # some scripts have more
+    try:
+        check_state(run, checkpoint, saved)
+    except Exception as error:
+        raise UserError(f"{checkpoint} is damaged: {last_line(error)}")
     models = {"policy": run.trainable(load_causal_lm(args.model, run.device))}
     run.reward = run.load_reward(args.reward)
     if script.__name__ == "ppo":

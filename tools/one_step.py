@@ -25,6 +25,7 @@ import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import tyro
@@ -112,7 +113,8 @@ def recorded(script):
 
 def train(script, **flags) -> dict:
     """Calls a script's main without its output. Returns its metrics."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), \
+            mock.patch("runtime.finish_step_on_interrupt"):  # Ctrl-C ends it at once
         return script.main(script.Args(device="cpu", eval_prompts=0, resumable=False, **flags))[1]
 
 
@@ -371,10 +373,12 @@ def main(args: Args):
         return
     if args.out and not Path(args.out).parent.is_dir():
         raise grpo.UserError(f"--out: {Path(args.out).parent}: no such folder")
+    out = args.out and Path(args.out).resolve()
+    os.chdir(Path(__file__).parent.parent)  # where tiny/ is
     with tempfile.TemporaryDirectory() as folder:
         blocks = page(*worked_example(Path(folder), args.row, args.seed), args)
-    if args.out:
-        Path(args.out).write_text(rendered(blocks, markdown=True), encoding="utf-8")
+    if out:
+        out.write_text(rendered(blocks, markdown=True), encoding="utf-8")
     else:
         print(rendered(blocks, markdown=False), end="")
 

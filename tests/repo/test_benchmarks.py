@@ -82,6 +82,41 @@ def test_the_laws_of_overoptimization_are_found_again():
         assert found == pytest.approx((1.2, 0.7, 1.0), abs=1e-6)
 
 
+def test_runs_of_overoptimization_that_are_missing_are_made(tmp_path, monkeypatch):
+    """With each kind of run missing in turn: its reward model is trained, and it alone is run."""
+    bench = load("benchmarks/overoptimization.py")
+    monkeypatch.setattr(bench, "FILE", tmp_path / "rows.jsonl")
+    whole = bench.wanted(2)
+    assert len(whole) == len(set(whole)) == 3 + 2 * (3 * 2 + 2)
+
+    def run_all(jobs, workers):
+        for script, flags in jobs:
+            (folder := Path(flags["run_dir"])).mkdir()
+            (folder / "checkpoint-1").mkdir()
+            rows = [{"step": 0, "eval_accuracy": 0.7, "eval_gold": 0.5, "eval_reward": 0.1, "eval_kl": 0, "eval_length": 9}]
+            bench.write_jsonl(folder / "metrics.jsonl", rows)
+            yield (script, flags), 0, 0
+    monkeypatch.setattr(bench, "run_all", run_all)
+    monkeypatch.setattr(bench, "best_of_n", lambda size, model: [
+        {"algorithm": "best of n", "pairs": size, "beta": 0.0, "seed": 0}])
+    keys = [dict(zip(("algorithm", "pairs", "beta", "seed"), run)) for run in whole]
+    for missing in (*whole, None):
+        bench.write_jsonl(bench.FILE, [] if missing is None else [
+            row for row, run in zip(keys, whole) if run != missing])
+        bench.measure(bench.Args(seeds=2))
+        found = [tuple(row[k] for k in keys[0]) for row in bench.read_jsonl(bench.FILE)]
+        assert sorted(found) == sorted(whole)
+
+
+def test_a_figure_that_is_missing_has_moved(monkeypatch, capsys):
+    check = load("benchmarks/check.py")
+    monkeypatch.setattr(check, "run_all", lambda jobs: ((job, 0, 0) for job in jobs))
+    monkeypatch.setattr(check, "facts_of", lambda job, memory: {"script": job[0], "seed": job[1]["seed"], "first": 0.5})
+    with pytest.raises(SystemExit) as stop:
+        check.main(check.Args(scripts=("grpo",), seeds=2))
+    assert stop.value.code == 1 and "missing in 2 of 2 runs" in capsys.readouterr().out
+
+
 def test_a_figure_has_moved_by_its_standard_errors():
     moved = load("benchmarks/check.py").moved
     before = [1.0, 1.1, 0.9]  # variance 0.01

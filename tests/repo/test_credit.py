@@ -2,7 +2,10 @@
 import hashlib
 import importlib.util
 import json
+import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import common
 import grpo
 import ppo
 import reinforce
+from checkpoints import checksums
 from helpers.repo import ROOT, load, user_error
 
 credit = load("tools/credit.py")
@@ -113,6 +117,27 @@ def a_run(tmp_path_factory):
     return run
 
 
+def test_nothing_runs_that_a_checkpoint_holds(a_run, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+    copy = tmp_path / "run"
+    shutil.copytree(a_run, copy)
+    folder = copy / "checkpoint-1/resume"
+    saved = json.loads((folder / "state.json").read_text())
+    (folder / ".metadata").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(common.UserError, match="damaged: a file has changed"):
+        credit.load_run(str(copy), "cpu")
+    (folder / "state.json").write_text(json.dumps(saved | {"checksums": checksums(folder)}))
+    with pytest.raises(common.UserError, match="would run posix.system"):
+        credit.load_run(str(copy), "cpu")
+    assert not (tmp_path / "ran").exists()
+    for state in ({}, {"step": 1}, saved | {"step": "1"}, saved | {"rows": None}):
+        (folder / "state.json").write_text(json.dumps(state))
+        with pytest.raises(common.UserError, match="damaged"):
+            credit.load_run(str(copy), "cpu")
+
+
 def test_as_a_command_and_what_it_prints(a_run):
     done = subprocess.run([sys.executable, "tools/credit.py", a_run, "--prompts", "2"], cwd=ROOT, capture_output=True,
                           text=True, timeout=300)
@@ -169,7 +194,7 @@ def test_errors_are_one_line(a_run, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "args.json").write_text('{"loss_type": "sigmoid", "ran_with": {}}')
-    assert error(other) == f"{other}: not a run of grpo.py, ppo.py or reinforce.py"
+    assert error(other) == f"{other}: not a run of grpo.py, ppo.py or reinforce.py in this version"
     (other / "args.json").write_text((a_run / "args.json").read_text())
     assert error(other) == f"{other}: has no checkpoint yet"
     (other / "checkpoint-1/resume").mkdir(parents=True)

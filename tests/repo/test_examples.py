@@ -25,7 +25,7 @@ def test_sums(tmp_path):
     command = [sys.executable, "examples/sums.py", str(tmp_path / "sums.jsonl")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).returncode == 0
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1 and "exists" in again.stderr
+    assert again.returncode == 1 and "File exists" in again.stderr
     rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text().splitlines()]
     assert len(rows) == 81 == len({row["prompt"][0]["content"] for row in rows})
     for row in rows:
