@@ -12,6 +12,7 @@ A file that this tool did not write, or that has changed since, is not overwritt
 import argparse
 import ast
 import builtins
+import importlib.util
 import re
 import symtable
 import sys
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 WIDTH = 95  # columns of the scripts
 MARK = re.compile(r"# --- .+")  # a section of a file begins
 WRITTEN_BY = "# Written by tools/single_file.py (checksum "
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign,
+               *([ast.TypeAlias] if hasattr(ast, "TypeAlias") else []))
 MODULE_NAMES = {"__name__", "__doc__", "__file__"}  # which every module has
 
 
@@ -46,6 +49,7 @@ class Import:
 @dataclass
 class Statement:
     """A statement of a module that is no import."""
+    node: ast.stmt
     number: int  # its place in the module
     text: str  # its lines, to the letter, and the comments above them
     blanks: int  # lines between it and what stands before it
@@ -53,7 +57,7 @@ class Statement:
     binds: set
     uses: set  # names that it does not bind itself
     lazy: list  # Imports from project modules that stood inside of it
-    early: bool = False  # stands before one of its module's imports
+    early: bool = False  # stands before one of its module's imports, and does in the one file
 
 
 @dataclass
@@ -70,10 +74,13 @@ class Module:
 def read_module(folder: Path, name: str) -> Module:
     """The statements and the imports of a file. Comments belong to the statement below them, or, if they are
     indented, to the one above."""
-    source = (folder / f"{name}.py").read_text(encoding="utf-8")
-    lines, nodes = source.splitlines(), ast.parse(source).body
+    source, tree = parsed(folder, name)
+    lines, nodes = source.split("\n"), tree.body
     docstring, statements, imports, mark, end = "", [], [], "", 0
-    if ast.get_docstring(ast.parse(source)) is not None:
+    for node in nodes:
+        if not alone(node, lines, 0):
+            raise Refused(f"{name}.py: line {node.end_lineno}: two statements on one line: write one per line")
+    if ast.get_docstring(tree) is not None:
         node, *nodes = nodes
         docstring, end = "\n".join(lines[node.lineno - 1:node.end_lineno]), node.end_lineno
     for node in nodes:
@@ -92,9 +99,50 @@ def read_module(folder: Path, name: str) -> Module:
             text, lazy = without_lazy_imports(folder, name, node, lines[start:end], start)
             binds, uses = names_in(text)
             statements.append(Statement(
-                len(statements), "\n".join(above + text), comments.count(""), mark, binds,
+                node, len(statements), "\n".join(above + text), comments.count(""), mark, binds,
                 uses | names_in_quotes(node), lazy))
+    keep_early(statements, imports)
+    for part in imports:
+        root = part.module.partition(".")[0]
+        if not (is_project(folder, part.module) or root in sys.stdlib_module_names or root in sys.modules
+                or importlib.util.find_spec(root)):
+            raise Refused(f"{name}.py: imports {part.module}, which is no file of the project and is not installed")
     return Module(name, docstring, statements, imports)
+
+
+def parsed(folder: Path, name: str) -> tuple[str, ast.Module]:
+    """A file's text, which is Python, and its tree."""
+    path, source = folder / f"{name}.py", ""
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+        compile(source, path.name, "exec", dont_inherit=True)  # finds more than parsing does: `return` outside of a function
+        return source, ast.parse(source)
+    except OSError as error:
+        raise Refused(f"{path.name}: cannot be read: {error.strerror}")
+    except UnicodeDecodeError as error:
+        line, message = error.object.count(b"\n", 0, error.start) + 1, "not UTF-8"
+    except SyntaxError as error:
+        line, message = error.lineno, error.msg
+    except ValueError as error:
+        line, message = None, str(error)
+    line = line or source.partition("\0")[0].count("\n") + 1  # a NUL byte's
+    raise Refused(f"{path.name}: line {line}: not Python: {message}")
+
+
+def alone(node, lines: list[str], start: int) -> bool:
+    """Whether nothing shares a statement's lines but a comment."""
+    before = lines[node.lineno - 1 - start].encode()[:node.col_offset].strip()
+    behind = lines[node.end_lineno - 1 - start].encode()[node.end_col_offset:].strip()
+    return not before and (not behind or behind.startswith(b"#"))
+
+
+def keep_early(statements: list[Statement], imports: list[Import]):
+    """Of the early statements, those that need no more than the standard library stay early."""
+    known, late = {*dir(builtins), *MODULE_NAMES}, set()
+    known |= {part.bound() for part in imports if part.module.partition(".")[0] in sys.stdlib_module_names}
+    for s in statements:
+        s.early = s.early and not s.lazy and s.uses <= known and not s.binds & late
+        known, late = (known | s.binds, late) if s.early else (known - s.binds, late | s.binds)
 
 
 def names_of(node, module: str, line: str) -> list[Import]:
@@ -125,6 +173,9 @@ def without_lazy_imports(folder: Path, name: str, node, lines: list[str], start:
         if found and len(found) == len(block):
             raise Refused(f"{name}.py: line {found[0].lineno}: nothing but an import from {found[0].module}.py "
                           "is in this block: import it at the top of the file")
+        if found and not all(alone(child, lines, start) for child in block):
+            raise Refused(f"{name}.py: line {found[0].lineno}: another statement is on one line with an import from "
+                          f"{found[0].module}.py, or with one beside it: write one per line")
         for child in found:
             lazy += names_of(child, name, lines[child.end_lineno - 1 - start])
             dropped |= set(range(child.lineno - 1 - start, child.end_lineno - start))
@@ -188,12 +239,12 @@ def modules_of(folder: Path, script: str) -> list[Module]:
 
 def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
     """Which statements, (module, number), and which imports (with their comments) the last module needs: all of its
-    own, what they name, what that names, and every statement of an imported module that binds no name, since
-    importing runs it."""
+    own, what they name, what that names, and every statement of an imported module that is no definition, since
+    importing runs it. The last module's imports are all needed: they can register things."""
     by_name = {module.name: module for module in modules}
     script, taken, imports, owners, plain = modules[-1], set(), {}, {}, {}
     left = [(module, s) for module in modules for s in module.statements
-            if module is script or not (s.binds or is_main(s))]
+            if module is script or not (s.binds and isinstance(s.node, DEFINITIONS) or is_main(s.node))]
 
     def resolve(module, name, user):
         """Where a name comes from: adds statements to `left`, or an import."""
@@ -220,6 +271,9 @@ def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
         if owners.setdefault(name, root) != root:
             raise Refused(f"{name!r} is two things in one file, of {owners[name].rstrip('.')} and of "
                           f"{root.rstrip('.')}: rename one")
+    for part in script.imports:
+        if not is_project(folder, part.module):
+            resolve(script, part.bound(), None)
     while left:
         module, statement = left.pop()
         if (module.name, statement.number) in taken:
@@ -236,8 +290,8 @@ def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
     return taken, imports
 
 
-def is_main(statement: Statement) -> bool:
-    return statement.text.lstrip().startswith("if __name__ ==")
+def is_main(node) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
 
 
 # --- putting it together
@@ -325,22 +379,36 @@ def unchanged(text: str) -> bool:
 
 def scripts(folder: Path = ROOT) -> list[str]:
     """The files that are run, by their names without .py."""
-    return sorted(path.stem for path in folder.glob("*.py")
-                  if re.search(r"^if __name__ == ", path.read_text(encoding="utf-8"), re.M))
+    found = []
+    for path in folder.glob("*.py"):
+        try:
+            found += [path.stem] if any(map(is_main, parsed(folder, path.stem)[1].body)) else []
+        except Refused:  # said where the file is needed
+            pass
+    return sorted(found)
 
 
 def write(script: str, out: str, folder: Path = ROOT) -> str:
     """Writes the file; returns a line that says what it holds."""
-    name = script.removesuffix(".py")
+    name = Path(script).name.removesuffix(".py")
+    if is_project(folder, name):
+        parsed(folder, name)  # or says what is wrong with it
     if name not in scripts(folder):
         raise Refused(f"{script}: no such script: name one of {', '.join(scripts(folder))}")
     path = Path(out or f"{name}_single.py")
     text, counts = single_file(name, folder)
+    part = path.resolve().with_name(path.resolve().name + ".part")
     try:
+        if path.exists() and not path.is_file():
+            raise Refused(f"--out: {path} cannot be written: it is no regular file")
         if path.exists() and not unchanged(path.read_text(encoding="utf-8", errors="replace")):
             raise Refused(f"{path}: was not written by this tool, or has changed since: move it away, or name "
                           "another --out")
-        path.write_text(text, encoding="utf-8")
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path.resolve())
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise Refused(f"--out: {path} cannot be written: {error.strerror}")
     parts = ", ".join(f"{part} {n}" for part, n in counts.items())
@@ -348,15 +416,17 @@ def write(script: str, out: str, folder: Path = ROOT) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", help=", ".join(scripts()))
-    parser.add_argument("--out", default="", help="file to write (default: SCRIPT_single.py)")
-    args = parser.parse_args()
     try:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("script", help=", ".join(scripts()))
+        parser.add_argument("--out", default="", help="file to write (default: SCRIPT_single.py)")
+        args = parser.parse_args()
         print(write(args.script, args.out))
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
