@@ -12,21 +12,21 @@ A file that this tool did not write, or that has changed since, is not overwritt
 import argparse
 import ast
 import builtins
-import importlib.util
+import contextlib
 import re
 import symtable
 import sys
 import textwrap
 import zlib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 95  # columns of the scripts
 MARK = re.compile(r"# --- .+")  # a section of a file begins
 WRITTEN_BY = "# Written by tools/single_file.py (checksum "
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign,
-               *([ast.TypeAlias] if hasattr(ast, "TypeAlias") else []))
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
 MODULE_NAMES = {"__name__", "__doc__", "__file__"}  # which every module has
 
 
@@ -44,6 +44,9 @@ class Import:
 
     def bound(self) -> str:
         return self.alias or self.name or self.module.partition(".")[0]
+
+    def standard(self) -> bool:
+        return self.module.partition(".")[0] in sys.stdlib_module_names
 
 
 @dataclass
@@ -77,13 +80,12 @@ def read_module(folder: Path, name: str) -> Module:
     source, tree = parsed(folder, name)
     lines, nodes = source.split("\n"), tree.body
     docstring, statements, imports, mark, end = "", [], [], "", 0
-    for node in nodes:
-        if not alone(node, lines, 0):
-            raise Refused(f"{name}.py: line {node.end_lineno}: two statements on one line: write one per line")
     if ast.get_docstring(tree) is not None:
         node, *nodes = nodes
         docstring, end = "\n".join(lines[node.lineno - 1:node.end_lineno]), node.end_lineno
     for node in nodes:
+        if not alone(node, lines[:node.end_lineno]):
+            raise Refused(f"{name}.py: line {node.end_lineno}: two statements on one line")
         start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
         comments = lines[end:start]
         while statements and comments and comments[0].startswith((" ", "\t")) and comments[0].strip():
@@ -95,18 +97,19 @@ def read_module(folder: Path, name: str) -> Module:
             for statement in statements:
                 statement.early = True
             imports += names_of(node, name, lines[end - 1])
+            for part in imports:
+                if not (part.standard() or is_project(folder, part.module) or find_spec(part.module.partition(".")[0])):
+                    raise Refused(f"{name}.py: imports {part.module}, no file of the project and not installed")
         else:
             text, lazy = without_lazy_imports(folder, name, node, lines[start:end], start)
             binds, uses = names_in(text)
             statements.append(Statement(
                 node, len(statements), "\n".join(above + text), comments.count(""), mark, binds,
                 uses | names_in_quotes(node), lazy))
-    keep_early(statements, imports)
-    for part in imports:
-        root = part.module.partition(".")[0]
-        if not (is_project(folder, part.module) or root in sys.stdlib_module_names or root in sys.modules
-                or importlib.util.find_spec(root)):
-            raise Refused(f"{name}.py: imports {part.module}, which is no file of the project and is not installed")
+    known, late = {*dir(builtins), *MODULE_NAMES, *(part.bound() for part in imports if part.standard())}, set()
+    for s in statements:  # what needs more than the standard library does not stay early
+        s.early = s.early and not s.lazy and s.uses <= known and not s.binds & late
+        known, late = (known | s.binds, late) if s.early else (known - s.binds, late | s.binds)
     return Module(name, docstring, statements, imports)
 
 
@@ -115,34 +118,19 @@ def parsed(folder: Path, name: str) -> tuple[str, ast.Module]:
     path, source = folder / f"{name}.py", ""
     try:
         source = path.read_text(encoding="utf-8-sig")
-        compile(source, path.name, "exec", dont_inherit=True)  # finds more than parsing does: `return` outside of a function
+        compile(source, path.name, "exec", dont_inherit=True)  # finds more than parsing does
         return source, ast.parse(source)
     except OSError as error:
         raise Refused(f"{path.name}: cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        line, message = error.object.count(b"\n", 0, error.start) + 1, "not UTF-8"
-    except SyntaxError as error:
-        line, message = error.lineno, error.msg
-    except ValueError as error:
-        line, message = None, str(error)
-    line = line or source.partition("\0")[0].count("\n") + 1  # a NUL byte's
-    raise Refused(f"{path.name}: line {line}: not Python: {message}")
+    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte
+        before = error.object[:error.start] if isinstance(error, UnicodeError) else source.partition("\0")[0].encode()
+        line = getattr(error, "lineno", None) or before.count(b"\n") + 1
+        raise Refused(f"{path.name}: line {line}: not Python: {getattr(error, 'msg', error)}")
 
 
-def alone(node, lines: list[str], start: int) -> bool:
-    """Whether nothing shares a statement's lines but a comment."""
-    before = lines[node.lineno - 1 - start].encode()[:node.col_offset].strip()
-    behind = lines[node.end_lineno - 1 - start].encode()[node.end_col_offset:].strip()
-    return not before and (not behind or behind.startswith(b"#"))
-
-
-def keep_early(statements: list[Statement], imports: list[Import]):
-    """Of the early statements, those that need no more than the standard library stay early."""
-    known, late = {*dir(builtins), *MODULE_NAMES}, set()
-    known |= {part.bound() for part in imports if part.module.partition(".")[0] in sys.stdlib_module_names}
-    for s in statements:
-        s.early = s.early and not s.lazy and s.uses <= known and not s.binds & late
-        known, late = (known | s.binds, late) if s.early else (known - s.binds, late | s.binds)
+def alone(node, lines: list[str]) -> bool:
+    """Whether nothing but a comment is behind a statement, on its last line."""
+    return lines[-1].encode()[node.end_col_offset:].strip()[:1] in (b"", b"#")
 
 
 def names_of(node, module: str, line: str) -> list[Import]:
@@ -151,9 +139,8 @@ def names_of(node, module: str, line: str) -> list[Import]:
             node.level or node.module == "__future__" or node.names[0].name == "*"):
         raise Refused(f"{module}.py: {ast.unparse(node)}: write it as `from module import name`")
     comment = line[node.end_col_offset:].strip() if node.lineno == node.end_lineno else ""
-    if isinstance(node, ast.Import):
-        return [Import(alias.name, "", alias.asname or "", comment) for alias in node.names]
-    return [Import(node.module, alias.name, alias.asname or "", comment) for alias in node.names]
+    return [Import(alias.name, "", alias.asname or "", comment) if isinstance(node, ast.Import) else
+            Import(node.module, alias.name, alias.asname or "", comment) for alias in node.names]
 
 
 def is_project(folder: Path, module: str) -> bool:
@@ -173,9 +160,8 @@ def without_lazy_imports(folder: Path, name: str, node, lines: list[str], start:
         if found and len(found) == len(block):
             raise Refused(f"{name}.py: line {found[0].lineno}: nothing but an import from {found[0].module}.py "
                           "is in this block: import it at the top of the file")
-        if found and not all(alone(child, lines, start) for child in block):
-            raise Refused(f"{name}.py: line {found[0].lineno}: another statement is on one line with an import from "
-                          f"{found[0].module}.py, or with one beside it: write one per line")
+        if found and not all(alone(child, lines[:child.end_lineno - start]) for child in block):
+            raise Refused(f"{name}.py: line {found[0].lineno}: at or beside this import, two statements on one line")
         for child in found:
             lazy += names_of(child, name, lines[child.end_lineno - 1 - start])
             dropped |= set(range(child.lineno - 1 - start, child.end_lineno - start))
@@ -209,7 +195,9 @@ def quoted_names(annotation) -> set:
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith(("Literal", "Annotated")):
         return set()  # their strings are values
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        return {part.id for part in ast.walk(ast.parse(annotation.value, mode="eval")) if isinstance(part, ast.Name)}
+        with contextlib.suppress(SyntaxError):  # a string that is no expression names nothing
+            tree = ast.parse(annotation.value, mode="eval")
+            return {part.id for part in ast.walk(tree) if isinstance(part, ast.Name)}
     return {name for part in ast.iter_child_nodes(annotation) for name in quoted_names(part)}
 
 
@@ -298,9 +286,8 @@ def is_main(node) -> bool:
 
 def import_lines(imports: dict, standard: bool) -> list[str]:
     """Sorted import statements: of the standard library, or the others."""
-    chosen = sorted((part for part in imports if standard == (
-        part.module.partition(".")[0] in sys.stdlib_module_names)), key=lambda part: (
-            part.module, part.name, part.alias))
+    chosen = sorted((part for part in imports if part.standard() == standard),
+                    key=lambda part: (part.module, part.name, part.alias))
     lines, of_module = [], {}
     for part in chosen:
         renamed = f" as {part.alias}" if part.alias else ""
@@ -379,12 +366,10 @@ def unchanged(text: str) -> bool:
 
 def scripts(folder: Path = ROOT) -> list[str]:
     """The files that are run, by their names without .py."""
-    found = []
+    found = set()
     for path in folder.glob("*.py"):
-        try:
-            found += [path.stem] if any(map(is_main, parsed(folder, path.stem)[1].body)) else []
-        except Refused:  # said where the file is needed
-            pass
+        with contextlib.suppress(Refused):  # said where the file is needed
+            found |= {path.stem for node in parsed(folder, path.stem)[1].body if is_main(node)}
     return sorted(found)
 
 
@@ -399,16 +384,11 @@ def write(script: str, out: str, folder: Path = ROOT) -> str:
     text, counts = single_file(name, folder)
     part = path.resolve().with_name(path.resolve().name + ".part")
     try:
-        if path.exists() and not path.is_file():
-            raise Refused(f"--out: {path} cannot be written: it is no regular file")
-        if path.exists() and not unchanged(path.read_text(encoding="utf-8", errors="replace")):
+        if path.exists() and not (path.is_file() and unchanged(path.read_text(encoding="utf-8", errors="replace"))):
             raise Refused(f"{path}: was not written by this tool, or has changed since: move it away, or name "
                           "another --out")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path.resolve())
-        finally:
-            part.unlink(missing_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path.resolve())
     except OSError as error:
         raise Refused(f"--out: {path} cannot be written: {error.strerror}")
     parts = ", ".join(f"{part} {n}" for part, n in counts.items())
