@@ -12,18 +12,21 @@ A file that this tool did not write, or that has changed since, is not overwritt
 import argparse
 import ast
 import builtins
+import contextlib
 import re
 import symtable
 import sys
 import textwrap
 import zlib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 95  # columns of the scripts
 MARK = re.compile(r"# --- .+")  # a section of a file begins
 WRITTEN_BY = "# Written by tools/single_file.py (checksum "
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.AugAssign)
 MODULE_NAMES = {"__name__", "__doc__", "__file__"}  # which every module has
 
 
@@ -42,10 +45,14 @@ class Import:
     def bound(self) -> str:
         return self.alias or self.name or self.module.partition(".")[0]
 
+    def standard(self) -> bool:
+        return self.module.partition(".")[0] in sys.stdlib_module_names
+
 
 @dataclass
 class Statement:
     """A statement of a module that is no import."""
+    node: ast.stmt
     number: int  # its place in the module
     text: str  # its lines, to the letter, and the comments above them
     blanks: int  # lines between it and what stands before it
@@ -53,7 +60,7 @@ class Statement:
     binds: set
     uses: set  # names that it does not bind itself
     lazy: list  # Imports from project modules that stood inside of it
-    early: bool = False  # stands before one of its module's imports
+    early: bool = False  # stands before one of its module's imports, and does in the one file
 
 
 @dataclass
@@ -70,13 +77,15 @@ class Module:
 def read_module(folder: Path, name: str) -> Module:
     """The statements and the imports of a file. Comments belong to the statement below them, or, if they are
     indented, to the one above."""
-    source = (folder / f"{name}.py").read_text(encoding="utf-8")
-    lines, nodes = source.splitlines(), ast.parse(source).body
+    source, tree = parsed(folder, name)
+    lines, nodes = source.split("\n"), tree.body
     docstring, statements, imports, mark, end = "", [], [], "", 0
-    if ast.get_docstring(ast.parse(source)) is not None:
+    if ast.get_docstring(tree) is not None:
         node, *nodes = nodes
         docstring, end = "\n".join(lines[node.lineno - 1:node.end_lineno]), node.end_lineno
     for node in nodes:
+        if not alone(node, lines[:node.end_lineno]):
+            raise Refused(f"{name}.py: line {node.end_lineno}: two statements on one line")
         start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
         comments = lines[end:start]
         while statements and comments and comments[0].startswith((" ", "\t")) and comments[0].strip():
@@ -88,13 +97,40 @@ def read_module(folder: Path, name: str) -> Module:
             for statement in statements:
                 statement.early = True
             imports += names_of(node, name, lines[end - 1])
+            for part in imports:
+                if not (part.standard() or is_project(folder, part.module) or find_spec(part.module.partition(".")[0])):
+                    raise Refused(f"{name}.py: imports {part.module}, no file of the project and not installed")
         else:
             text, lazy = without_lazy_imports(folder, name, node, lines[start:end], start)
             binds, uses = names_in(text)
             statements.append(Statement(
-                len(statements), "\n".join(above + text), comments.count(""), mark, binds,
+                node, len(statements), "\n".join(above + text), comments.count(""), mark, binds,
                 uses | names_in_quotes(node), lazy))
+    known, late = {*dir(builtins), *MODULE_NAMES, *(part.bound() for part in imports if part.standard())}, set()
+    for s in statements:  # what needs more than the standard library does not stay early
+        s.early = s.early and not s.lazy and s.uses <= known and not s.binds & late
+        known, late = (known | s.binds, late) if s.early else (known - s.binds, late | s.binds)
     return Module(name, docstring, statements, imports)
+
+
+def parsed(folder: Path, name: str) -> tuple[str, ast.Module]:
+    """A file's text, which is Python, and its tree."""
+    path, source = folder / f"{name}.py", ""
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+        compile(source, path.name, "exec", dont_inherit=True)  # finds more than parsing does
+        return source, ast.parse(source)
+    except OSError as error:
+        raise Refused(f"{path.name}: cannot be read: {error.strerror}")
+    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a NUL byte
+        before = error.object[:error.start] if isinstance(error, UnicodeError) else source.partition("\0")[0].encode()
+        line = getattr(error, "lineno", None) or before.count(b"\n") + 1
+        raise Refused(f"{path.name}: line {line}: not Python: {getattr(error, 'msg', error)}")
+
+
+def alone(node, lines: list[str]) -> bool:
+    """Whether nothing but a comment is behind a statement, on its last line."""
+    return lines[-1].encode()[node.end_col_offset:].strip()[:1] in (b"", b"#")
 
 
 def names_of(node, module: str, line: str) -> list[Import]:
@@ -103,9 +139,8 @@ def names_of(node, module: str, line: str) -> list[Import]:
             node.level or node.module == "__future__" or node.names[0].name == "*"):
         raise Refused(f"{module}.py: {ast.unparse(node)}: write it as `from module import name`")
     comment = line[node.end_col_offset:].strip() if node.lineno == node.end_lineno else ""
-    if isinstance(node, ast.Import):
-        return [Import(alias.name, "", alias.asname or "", comment) for alias in node.names]
-    return [Import(node.module, alias.name, alias.asname or "", comment) for alias in node.names]
+    return [Import(alias.name, "", alias.asname or "", comment) if isinstance(node, ast.Import) else
+            Import(node.module, alias.name, alias.asname or "", comment) for alias in node.names]
 
 
 def is_project(folder: Path, module: str) -> bool:
@@ -125,6 +160,8 @@ def without_lazy_imports(folder: Path, name: str, node, lines: list[str], start:
         if found and len(found) == len(block):
             raise Refused(f"{name}.py: line {found[0].lineno}: nothing but an import from {found[0].module}.py "
                           "is in this block: import it at the top of the file")
+        if found and not all(alone(child, lines[:child.end_lineno - start]) for child in block):
+            raise Refused(f"{name}.py: line {found[0].lineno}: at or beside this import, two statements on one line")
         for child in found:
             lazy += names_of(child, name, lines[child.end_lineno - 1 - start])
             dropped |= set(range(child.lineno - 1 - start, child.end_lineno - start))
@@ -158,7 +195,9 @@ def quoted_names(annotation) -> set:
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value).endswith(("Literal", "Annotated")):
         return set()  # their strings are values
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
-        return {part.id for part in ast.walk(ast.parse(annotation.value, mode="eval")) if isinstance(part, ast.Name)}
+        with contextlib.suppress(SyntaxError):  # a string that is no expression names nothing
+            tree = ast.parse(annotation.value, mode="eval")
+            return {part.id for part in ast.walk(tree) if isinstance(part, ast.Name)}
     return {name for part in ast.iter_child_nodes(annotation) for name in quoted_names(part)}
 
 
@@ -188,12 +227,12 @@ def modules_of(folder: Path, script: str) -> list[Module]:
 
 def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
     """Which statements, (module, number), and which imports (with their comments) the last module needs: all of its
-    own, what they name, what that names, and every statement of an imported module that binds no name, since
-    importing runs it."""
+    own, what they name, what that names, and every statement of an imported module that is no definition, since
+    importing runs it. The last module's imports are all needed: they can register things."""
     by_name = {module.name: module for module in modules}
     script, taken, imports, owners, plain = modules[-1], set(), {}, {}, {}
     left = [(module, s) for module in modules for s in module.statements
-            if module is script or not (s.binds or is_main(s))]
+            if module is script or not (s.binds and isinstance(s.node, DEFINITIONS) or is_main(s.node))]
 
     def resolve(module, name, user):
         """Where a name comes from: adds statements to `left`, or an import."""
@@ -220,6 +259,9 @@ def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
         if owners.setdefault(name, root) != root:
             raise Refused(f"{name!r} is two things in one file, of {owners[name].rstrip('.')} and of "
                           f"{root.rstrip('.')}: rename one")
+    for part in script.imports:
+        if not is_project(folder, part.module):
+            resolve(script, part.bound(), None)
     while left:
         module, statement = left.pop()
         if (module.name, statement.number) in taken:
@@ -236,17 +278,16 @@ def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
     return taken, imports
 
 
-def is_main(statement: Statement) -> bool:
-    return statement.text.lstrip().startswith("if __name__ ==")
+def is_main(node) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
 
 
 # --- putting it together
 
 def import_lines(imports: dict, standard: bool) -> list[str]:
     """Sorted import statements: of the standard library, or the others."""
-    chosen = sorted((part for part in imports if standard == (
-        part.module.partition(".")[0] in sys.stdlib_module_names)), key=lambda part: (
-            part.module, part.name, part.alias))
+    chosen = sorted((part for part in imports if part.standard() == standard),
+                    key=lambda part: (part.module, part.name, part.alias))
     lines, of_module = [], {}
     for part in chosen:
         renamed = f" as {part.alias}" if part.alias else ""
@@ -325,22 +366,29 @@ def unchanged(text: str) -> bool:
 
 def scripts(folder: Path = ROOT) -> list[str]:
     """The files that are run, by their names without .py."""
-    return sorted(path.stem for path in folder.glob("*.py")
-                  if re.search(r"^if __name__ == ", path.read_text(encoding="utf-8"), re.M))
+    found = set()
+    for path in folder.glob("*.py"):
+        with contextlib.suppress(Refused):  # said where the file is needed
+            found |= {path.stem for node in parsed(folder, path.stem)[1].body if is_main(node)}
+    return sorted(found)
 
 
 def write(script: str, out: str, folder: Path = ROOT) -> str:
     """Writes the file; returns a line that says what it holds."""
-    name = script.removesuffix(".py")
+    name = Path(script).name.removesuffix(".py")
+    if is_project(folder, name):
+        parsed(folder, name)  # or says what is wrong with it
     if name not in scripts(folder):
         raise Refused(f"{script}: no such script: name one of {', '.join(scripts(folder))}")
     path = Path(out or f"{name}_single.py")
     text, counts = single_file(name, folder)
+    part = path.resolve().with_name(path.resolve().name + ".part")
     try:
-        if path.exists() and not unchanged(path.read_text(encoding="utf-8", errors="replace")):
+        if path.exists() and not (path.is_file() and unchanged(path.read_text(encoding="utf-8", errors="replace"))):
             raise Refused(f"{path}: was not written by this tool, or has changed since: move it away, or name "
                           "another --out")
-        path.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path.resolve())
     except OSError as error:
         raise Refused(f"--out: {path} cannot be written: {error.strerror}")
     parts = ", ".join(f"{part} {n}" for part, n in counts.items())
@@ -348,15 +396,17 @@ def write(script: str, out: str, folder: Path = ROOT) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", help=", ".join(scripts()))
-    parser.add_argument("--out", default="", help="file to write (default: SCRIPT_single.py)")
-    args = parser.parse_args()
     try:
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("script", help=", ".join(scripts()))
+        parser.add_argument("--out", default="", help="file to write (default: SCRIPT_single.py)")
+        args = parser.parse_args()
         print(write(args.script, args.out))
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

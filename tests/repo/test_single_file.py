@@ -291,7 +291,68 @@ def test_side_effects_of_a_module_come_along_where_they_stand(tmp_path):
     assert order == sorted(order)
 
 
+def test_early_statements_that_need_other_packages_stand_behind_the_imports(tmp_path):
+    one = ("import torch\ntorch.set_num_threads(torch.get_num_threads())\nKIND = torch.float32\nresult = [KIND]\n"
+           "LEVEL = '3'\ndef level(): return LEVEL\nimport os\nos.environ['A_NAME'] = level()\nimport numpy\n"
+           "from shared import SIZE\nresult += [SIZE, os.environ['A_NAME'], numpy.pi]\n")
+    text = single(tmp_path, shared="SIZE = 4\n", one=one)
+    assert result(text)[1:3] == [4, "3"]
+    assert text.index("LEVEL = ") < text.index("['A_NAME'] =") < text.index("import numpy") < text.index("KIND =")
+    text = single(tmp_path, shared="SIZE = 4\n", one="from shared import SIZE\nx = SIZE\nx = 5\nimport math\nresult = x\n")
+    assert result(text) == 5
+
+
+@pytest.mark.parametrize("guard", ['if __name__=="__main__":', "if (__name__ == '__main__'):",
+                                   "if '__main__' == __name__:"])
+def test_what_importing_a_module_runs(guard, tmp_path):
+    shared = f"TABLE = {{}}\nfor size in (1, 2): TABLE[size] = size\n\n{guard}\n    TABLE[3] = 3\n"
+    text = single(tmp_path, shared=shared, one=f"from shared import TABLE\nresult = TABLE\n{guard}\n    result = 1\n")
+    assert result(text) == {1: 1, 2: 2} and "TABLE[3]" not in text
+    assert tool.scripts(tmp_path) == ["one", "shared"]
+
+
+def test_imports_of_the_script_stay(tmp_path):
+    text = single(tmp_path, shared="import numpy\nSIZE = 1\n",
+                  one="import json\nimport torch.nn  # registers\nfrom shared import SIZE\nresult = SIZE\n")
+    assert "\nimport json\n" in text and "\nimport torch.nn  # registers\n" in text and "numpy" not in text
+
+
+def test_characters_that_end_no_line_of_python(tmp_path):
+    one = '\ufeff"""A \u2028 B."""\nx = "\u2028"\n\f\n# above\nresult = x + "\x85"  # \x0b\nyy = 1\n'
+    (tmp_path / "one.py").write_text(one, encoding="utf-8")
+    assert result(single(tmp_path)) == "\u2028\x85"
+
+
+def test_a_quoted_annotation_that_is_no_expression(tmp_path):
+    assert result(single(tmp_path, one="def f(x: dict[int, 'two words']): pass\nresult = 1\n")) == 1
+
+
+@pytest.mark.parametrize("source, error", [
+    (b"a = 1\nb = (\n", "shared.py: line 2: not Python: '(' was never closed"),
+    (b"a = 1\n\nb = '\0'\n", "shared.py: line 3: not Python: source code "),
+    (b"a = 1\nb = '\xe9'\n", "shared.py: line 2: not Python: 'utf-8' codec can't"),
+    (b"a = 1\nreturn a\n", "shared.py: line 2: not Python: 'return' outside function")])
+def test_a_file_that_is_not_python(source, error, tmp_path):
+    (tmp_path / "shared.py").write_bytes(source)
+    assert refused(tmp_path, one="from shared import a\nx = a\n").startswith(error)
+    (tmp_path / "two.py").write_text("if __name__ == '__main__': pass\n")
+    assert tool.scripts(tmp_path) == ["two"]
+    tool.write("two", str(tmp_path / "out.py"), tmp_path)  # which does not reach it
+    with pytest.raises(tool.Refused, match="shared.py: line .: not Python"):
+        tool.write("shared.py", str(tmp_path / "out.py"), tmp_path)
+
+
 @pytest.mark.parametrize("files, error", [
+    (dict(one="from evaluaton import Evaluator\nx = Evaluator\n"),
+     "one.py: imports evaluaton, no file of the project and not installed"),
+    (dict(one="A = []; A.append(1)\n"), "one.py: line 1: two statements on one line"),
+    (dict(one='"""One."""; x = 1; y = 2\n'), "one.py: line 1: two statements on one line"),
+    (dict(one="import os; import sys\n"), "one.py: line 1: two statements on one line"),
+    (dict(one="A = 1; \\\nB = 2\n"), "one.py: line 1: two statements on one line"),
+    (dict(one="def f(y):\n    from shared import SIZE; y += SIZE\n    return y\n"),
+     "one.py: line 2: at or beside this import, two statements on one line"),
+    (dict(one="def f(y):\n    y = 'é'; from shared import SIZE\n    return y + SIZE\n"),
+     "one.py: line 2: at or beside this import, two statements on one line"),
     (dict(other="def helper(): pass\n\n\ndef g(): return helper()\n", one="from other import g\nfrom shared import "
           "Base\nx = g, Base\n"), "'helper' is two things in one file, of other.py and of shared.py: rename one"),
     (dict(one="from shared import Base\n\n\ndef helper(): return Base\n"), "'helper' is two things"),
@@ -326,7 +387,20 @@ def test_as_a_command(tmp_path):
     counts = [int(n) for n in re.findall(r"\S+ (\d+)[,)]", done.stdout)]
     assert done.stdout.startswith(f"wrote grpo_single.py: {sum(counts)} lines (docstring and imports ")
     assert sum(counts) == len(text.splitlines()) and len(counts) >= 4
-    assert command("grpo.py", "--out", "grpo_single.py", cwd=tmp_path).returncode == 0  # it wrote this file itself
+    (tmp_path / "link.py").symlink_to("grpo_single.py")
+    for script, out in [("grpo.py", "grpo_single.py"), ("./grpo.py", "link.py")]:  # it wrote this file itself
+        assert command(script, "--out", out, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "link.py").is_symlink() and {path.name for path in tmp_path.iterdir()} == {
+        "grpo_single.py", "link.py"}
+
+
+def test_stopped_by_hand(monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tool, "scripts", stop)
+    with pytest.raises(SystemExit) as end:
+        tool.main()
+    assert end.value.code == 130
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -338,7 +412,8 @@ def test_mistakes_are_one_line(tmp_path):
                         (["grpo", "--out", "mine.py"], "mine.py: was not written by this tool, or has changed since"),
                         (["grpo", "--out", "edited.py"], "edited.py: was not written by this tool, or has changed"),
                         (["grpo", "--out", "no/folder.py"], "--out: no/folder.py cannot be written: No such file"),
-                        (["grpo", "--out", "."], "--out: . cannot be written: Is a directory")]:
+                        (["grpo", "--out", "."], ".: was not written by this tool"),
+                        (["grpo", "--out", "/dev/stdout"], "/dev/stdout: was not written by this tool")]:
         done = command(*argv, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
     assert read(tmp_path / "mine.py") == "# mine\n" and read(tmp_path / "edited.py").endswith("# edited\n")
