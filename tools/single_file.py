@@ -231,6 +231,9 @@ def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
     importing runs it. The last module's imports are all needed: they can register things."""
     by_name = {module.name: module for module in modules}
     script, taken, imports, owners, plain = modules[-1], set(), {}, {}, {}
+    for module, s in ((module, s) for module in modules[:-1] for s in module.statements if is_main(s.node)):
+        if s.node.orelse or ast.unparse(s.node.test) not in ("__name__ == '__main__'", "'__main__' == __name__"):
+            raise Refused(f"{module.name}.py: line {s.node.lineno}: write `if __name__ == \"__main__\":`, without else")
     left = [(module, s) for module in modules for s in module.statements
             if module is script or not (s.binds and isinstance(s.node, DEFINITIONS) or is_main(s.node))]
 
@@ -279,7 +282,7 @@ def reached(folder: Path, modules: list[Module]) -> tuple[set, dict]:
 
 
 def is_main(node) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
+    return isinstance(node, ast.If) and any(getattr(part, "id", "") == "__name__" for part in ast.walk(node.test))
 
 
 # --- putting it together
@@ -376,13 +379,11 @@ def scripts(folder: Path = ROOT) -> list[str]:
 def write(script: str, out: str, folder: Path = ROOT) -> str:
     """Writes the file; returns a line that says what it holds."""
     name = Path(script).name.removesuffix(".py")
-    if is_project(folder, name):
-        parsed(folder, name)  # or says what is wrong with it
-    if name not in scripts(folder):
+    if not (is_project(folder, name) and any(map(is_main, parsed(folder, name)[1].body))):
         raise Refused(f"{script}: no such script: name one of {', '.join(scripts(folder))}")
     path = Path(out or f"{name}_single.py")
     text, counts = single_file(name, folder)
-    part = path.resolve().with_name(path.resolve().name + ".part")
+    part = Path(f"{path.resolve()}.part")
     try:
         if path.exists() and not (path.is_file() and unchanged(path.read_text(encoding="utf-8", errors="replace"))):
             raise Refused(f"{path}: was not written by this tool, or has changed since: move it away, or name "

@@ -298,7 +298,8 @@ def test_early_statements_that_need_other_packages_stand_behind_the_imports(tmp_
     text = single(tmp_path, shared="SIZE = 4\n", one=one)
     assert result(text)[1:3] == [4, "3"]
     assert text.index("LEVEL = ") < text.index("['A_NAME'] =") < text.index("import numpy") < text.index("KIND =")
-    text = single(tmp_path, shared="SIZE = 4\n", one="from shared import SIZE\nx = SIZE\nx = 5\nimport math\nresult = x\n")
+    text = single(tmp_path, shared="SIZE = 4\n", one="from shared import SIZE\nx = SIZE\nx = 5\nimport math\n"
+                                                     "result = x\n")
     assert result(text) == 5
 
 
@@ -345,6 +346,10 @@ def test_a_file_that_is_not_python(source, error, tmp_path):
 @pytest.mark.parametrize("files, error", [
     (dict(one="from evaluaton import Evaluator\nx = Evaluator\n"),
      "one.py: imports evaluaton, no file of the project and not installed"),
+    (dict(other="a = 1\nif __name__ != '__main__':\n    a = 2\n", one="from other import a\nx = a\n"),
+     'other.py: line 2: write `if __name__ == "__main__":`, without else'),
+    (dict(other="a = 1\nif __name__ == '__main__':\n    a = 2\nelse:\n    a = 3\n", one="from other import a\nx = a\n"),
+     'other.py: line 2: write `if __name__ == "__main__":`, without else'),
     (dict(one="A = []; A.append(1)\n"), "one.py: line 1: two statements on one line"),
     (dict(one='"""One."""; x = 1; y = 2\n'), "one.py: line 1: two statements on one line"),
     (dict(one="import os; import sys\n"), "one.py: line 1: two statements on one line"),
@@ -413,6 +418,7 @@ def test_mistakes_are_one_line(tmp_path):
                         (["grpo", "--out", "edited.py"], "edited.py: was not written by this tool, or has changed"),
                         (["grpo", "--out", "no/folder.py"], "--out: no/folder.py cannot be written: No such file"),
                         (["grpo", "--out", "."], ".: was not written by this tool"),
+                        (["grpo", "--out", "/"], "/: was not written by this tool"),
                         (["grpo", "--out", "/dev/stdout"], "/dev/stdout: was not written by this tool")]:
         done = command(*argv, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
