@@ -172,8 +172,7 @@ def test_two_processes_resample_together(tmp_path, file):
 
 # --- the reference
 
-@pytest.mark.parametrize("name", ON_POLICY)
-@pytest.mark.parametrize("mix", [1.0, 0.25])
+@pytest.mark.parametrize("name, mix", [("grpo", 1.0), ("ppo", 0.25), ("reinforce", 0.25)])
 def test_the_reference_moves_to_the_policy(name, mix, tmp_path, monkeypatch):
     """All the way, or a part of it; the run is resumed with the reference that it had."""
     seen, renew = {}, runtime.Run.renew_reference
