@@ -11,6 +11,7 @@ import ast
 import functools
 import json
 import re
+import shutil
 import sys
 import textwrap
 from difflib import SequenceMatcher
@@ -328,12 +329,30 @@ class Parser(argparse.ArgumentParser):
         raise Mistake(f"{message}: see --help")
 
 
+def take_picture(page: Path):
+    """docs/side_by_side.png: the page at step 4 of grpo.py and ppo.py."""
+    try:
+        from playwright.sync_api import sync_playwright
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            tab = browser.new_page(viewport={"width": 1600, "height": 760}, color_scheme="light")
+            tab.goto(f"{page.resolve().as_uri()}#grpo,ppo:4")
+            tab.wait_for_timeout(1000)  # until it has scrolled
+            tab.screenshot(path=ROOT / "docs/side_by_side.png")
+            browser.close()
+    except Exception as error:
+        raise Mistake(f"--picture: no picture: {str(error).splitlines()[0]} (apt-get install chromium; "
+                      "pip install '.[browser]')")
+
+
 def main():
     """Writes the page."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/side_by_side.html", help="file to write")
+    parser.add_argument("--picture", action="store_true", help="also docs/side_by_side.png (needs chromium, playwright)")
     try:
-        out = parser.parse_args().out
+        args = parser.parse_args()
+        out = args.out
         if not out.parent.is_dir():
             raise Mistake(f"--out {out}: the folder {out.parent} does not exist: make it first")
         text = page()
@@ -342,6 +361,8 @@ def main():
         except OSError as error:
             raise Mistake(f"--out {out}: cannot be written: {error.strerror}")
         print(f"{out}: {len(text.encode()) / 1000:.0f} kB")
+        if args.picture:
+            take_picture(out)
     except Mistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
