@@ -23,7 +23,7 @@ import torch
 import tyro
 from transformers import logging
 
-from many import RESULTS, ROOT, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
 
 sys.path[:0] = [str(ROOT)]
 ONLINE = "grpo", "ppo", "reinforce"
@@ -63,7 +63,7 @@ def facts_of(job: tuple, memory: float) -> dict:
     found = {"script": script, "seed": flags["seed"], "seconds": sum(row["seconds"] for row in steps), "memory": memory,
              "kl": evaluations[-1].get("eval_kl"), "length": evaluations[-1].get("eval_length"),
              "first": evaluations[0].get("eval_gold", evaluations[0].get("eval_accuracy")),
-             "last": evaluations[-1].get("eval_gold", evaluations[-1].get("eval_accuracy"))}
+             "last": evaluations[-1].get("eval_gold", evaluations[-1].get("eval_accuracy")), **commit()}
     reached = next((row["step"] for row in evaluations if row.get("eval_gold", 0) >= GOLD), None)
     if reached:  # completions, or pairs
         found |= {"to_gold_seconds": sum(row["seconds"] for row in steps if row["step"] <= reached),
@@ -139,7 +139,7 @@ def main(args: Args):
             Path(folder, "pairs.jsonl").write_text("".join(pairs))
             for script in args.scripts:
                 if script != "reward_model":  # each seed starts from another random head
-                    rows.append({"script": script, "noise": noise_of(script, folder)})
+                    rows.append({"script": script, "noise": noise_of(script, folder), **commit()})
         before = read_jsonl(FILE) if FILE.exists() else []
         write_jsonl(FILE, [row for row in before if row["script"] not in args.scripts] + rows)
     table(read_jsonl(FILE))

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import tyro
 
-from many import DOCS, RESULTS, ROOT, check_names, commit, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE, VARIANTS = RESULTS / "claims.jsonl", RESULTS / "variants.jsonl"
 BEST = "benchmarks/variants.py:best"  # 1 if the gold reward is above 0.9, else 0
@@ -313,11 +313,7 @@ def table(rows: list[dict]) -> str:
 def main(args: Args):
     if not args.table:
         measure(args)
-    text = table(read_jsonl(FILE) if FILE.exists() else [])
-    print(text)
-    path = DOCS / "claims.md"
-    before, _, rest = path.read_text().partition("<!-- table -->\n")
-    path.write_text(before + "<!-- table -->\n" + text + "\n<!-- end -->" + rest.partition("<!-- end -->")[2])
+    show_table("claims.md", "claims", table(read_jsonl(FILE)))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 import tyro
 from transformers import logging
 
-from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
+from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, show_table, write_jsonl
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 PROMPTS, GROUP, RESAMPLES, LONGEST = 10, 8, 128, 48
@@ -125,7 +125,7 @@ def credits_of(run_dir: str, seed: int, others: tuple = ()) -> list[dict]:
              "tokens": [tokenizer.decode([t]) for t in answers[i]], "ppo": by_ppo[i, :n].tolist(),
              "grpo": [by_group[i].item()] * n, "reinforce": [by_others[i].item()] * n, "exact": exact[i, :n].tolist(),
              "noise": (noise[i, :n] / 2).tolist(), "value": critics[i, :n].tolist(),
-             "exact_value": values[i, :n].tolist(),
+             "exact_value": values[i, :n].tolist(), **commit(),
              **({"values": [x[i, :n].tolist() for x in more]} if others else {})}
             for i, n in enumerate(mask.sum(1).tolist())]
 
@@ -251,23 +251,25 @@ def knowledge(rows: list[dict]) -> dict:
             "within": correlation(within), "credit": correlation(steps)}
 
 
-def critics_table(rows: list[dict]):
+def critics_table(rows: list[dict]) -> str:
+    """As docs/credit.md has it: means over the seeds (lowest to highest)."""
     columns = {"explained": "explained variance of the exact values", "all": "correlation, all tokens",
                "first": "first tokens", "within": "within an answer", "credit": "its credit, lambda 0, with the exact one"}
-    print("| critic | steps | " + " | ".join(columns.values()) + " |\n" + "|---" * (len(columns) + 2) + "|")
+    lines = ["| critic | steps | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
     for name in CRITICS:
         for steps in CRITIC_STEPS:
             own = [row for row in rows if (row["critic"], row["steps"]) == (name, steps)]
-            print(f"| {name} | {steps} | " + " | ".join(
+            lines.append(f"| {name} | {steps} | " + " | ".join(
                 f"{statistics.fmean(row[k] for row in own):.2f} ({min(row[k] for row in own):.2f} to "
                 f"{max(row[k] for row in own):.2f})" for k in columns) + " |")
+    return "\n".join(lines)
 
 
 def main(args: Args):
     if args.critics:
         if not args.draw:
             compare_critics(args)
-        return critics_table(read_jsonl(RESULTS / "critics.jsonl"))
+        return show_table("credit.md", "critics", critics_table(read_jsonl(RESULTS / "critics.jsonl")))
     if not args.draw:
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:

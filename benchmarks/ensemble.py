@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from many import RESULTS, ROOT, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
 
 FILE, PAIRS, MODELS = RESULTS / "ensemble.jsonl", 1000, 3
 
@@ -66,7 +66,7 @@ def main(args: Args):
             for (_, given), _, _ in run_all(jobs):
                 name, seed = Path(given["run_dir"]).name.replace("_", " ").rsplit("-", 1)
                 rows += [{"name": name, "seed": int(seed), "step": row["step"], "gold": row["eval_gold"],
-                          "reward": row["eval_reward"], "kl": row["eval_kl"]}
+                          "reward": row["eval_reward"], "kl": row["eval_kl"], **commit()}
                          for row in read_jsonl(Path(given["run_dir"], "metrics.jsonl")) if "eval_gold" in row]
             rows.sort(key=lambda row: (list(rewards).index(row["name"]), row["seed"], row["step"]))
             write_jsonl(FILE, rows)

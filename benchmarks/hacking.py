@@ -19,7 +19,7 @@ import torch
 import tyro
 from transformers import logging
 
-from many import DOCS, RESULTS, ROOT, read_jsonl, run_all, write_jsonl
+from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny"), str(ROOT / "tools")]
 BETAS = 0.0, 0.01, 0.04, 0.1, 0.3
@@ -72,7 +72,7 @@ def rows_of(job: tuple, reward) -> list[dict]:
         seen = [kinds(row, text) for row, text in zip(held, texts)]
         found.append({"algorithm": script, "beta": flags["beta"], "seed": flags["seed"], "step": evaluation["step"],
                       "gold": evaluation["eval_gold"], "proxy": reward(held[:len(texts)], texts).mean().item(),
-                      "kl": evaluation["eval_kl"], "length": evaluation["eval_length"],
+                      "kl": evaluation["eval_kl"], "length": evaluation["eval_length"], **commit(),
                       **{kind: mean(s[kind] for s in seen) for kind in seen[0]}})
     log = [{k: row[k] for k in ("step", "reward", "kl", "entropy", "length", "truncated", "length_correlation",
                                 "distinct_3") if k in row} for row in metrics if "eval_gold" not in row]
@@ -108,7 +108,8 @@ def best_of_n(reward, gold) -> list[dict]:
     found = []
     for n in (2**i for i in range(SAMPLES.bit_length())):
         proxy, true = (scores * rank_weights(SAMPLES, n)[:, None]).sum(1).mean(0).tolist()
-        found.append({"algorithm": "best of n", "n": n, "kl": math.log(n) - (n - 1) / n, "proxy": proxy, "gold": true})
+        found.append({"algorithm": "best of n", "n": n, "kl": math.log(n) - (n - 1) / n, "proxy": proxy, "gold": true,
+                      **commit()})
     return found
 
 

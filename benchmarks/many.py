@@ -64,6 +64,21 @@ def write_jsonl(path, rows: list[dict]):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def in_page(page: str, name: str) -> str:
+    """The text between <!-- NAME --> and <!-- end NAME --> in docs/PAGE."""
+    return (DOCS / page).read_text().partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- end {name} -->")[0]
+
+
+def show_table(page: str, name: str, text: str):
+    """Prints a table and puts it into docs/PAGE, between <!-- NAME --> and <!-- end NAME -->."""
+    print(text)
+    before, begin, rest = (DOCS / page).read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"\n<!-- end {name} -->")
+    if not end:
+        sys.exit(f"error: docs/{page}: no lines <!-- {name} --> and <!-- end {name} --> to put the table between")
+    (DOCS / page).write_text(before + begin + text + end + after)
+
+
 def commit() -> dict:
     """What a results row was made with: the commit ("-dirty": with changed scripts), torch and transformers."""
     def git(*command):

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
+from many import DOCS, RESULTS, ROOT, commit, read_jsonl, run_all, show_table, write_jsonl
 
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 FILE = RESULTS / "overoptimization.jsonl"
@@ -121,9 +121,10 @@ def curves(rows: list[dict]) -> dict:
             for key, seeds in found.items()}
 
 
-def table(rows: list[dict]):
-    print("| | pairs | beta | gold at the start | best (step) | at the end | learned reward, rise | KL at the end | "
-          "alpha | beta of the law | R squared |\n" + "|---" * 11 + "|")
+def table(rows: list[dict]) -> str:
+    """As docs/hacking.md has it: means over the seeds (lowest to highest)."""
+    lines = ["| | pairs | beta | gold at the start | best (step) | at the end | learned reward, rise | KL at the end | "
+          "alpha | beta of the law | R squared |", "|---" * 11 + "|"]
     for (algorithm, pairs, beta), runs in curves(rows).items():
         best = [max(run, key=lambda row: row["gold"]) for run in runs]
         fits = [fit([r["kl"] for r in run], [r["gold"] for r in run], "rl" if "step" in run[0] else "best of n")
@@ -134,12 +135,13 @@ def table(rows: list[dict]):
             values = list(values)
             spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
             return f"{statistics.fmean(values):.{digits}f}{spread}"
-        print(f"| {algorithm} | {pairs} | {beta:g} | {cell(run[0]['gold'] for run in runs)} | "
-              f"{cell(b['gold'] for b in best)} ({', '.join(str(b[where]) for b in best)}) | "
-              f"{cell(run[-1]['gold'] for run in runs)} | "
-              f"{cell(run[-1]['learned'] - run[0]['learned'] for run in runs)} | "
-              f"{cell((run[-1]['kl'] for run in runs), 1)} | " + " | ".join(
-                  cell(column) for column in zip(*fits)) + " |")
+        lines.append(
+            f"| {algorithm} | {pairs} | {beta:g} | {cell(run[0]['gold'] for run in runs)} | "
+            f"{cell(b['gold'] for b in best)} ({', '.join(str(b[where]) for b in best)}) | "
+            f"{cell(run[-1]['gold'] for run in runs)} | "
+            f"{cell(run[-1]['learned'] - run[0]['learned'] for run in runs)} | "
+            f"{cell((run[-1]['kl'] for run in runs), 1)} | " + " | ".join(cell(column) for column in zip(*fits)) + " |")
+    return "\n".join(lines)
 
 
 def draw(rows: list[dict]):
@@ -176,7 +178,7 @@ def draw(rows: list[dict]):
 
 def main(args: Args):
     rows = read_jsonl(FILE) if args.draw else measure(args)
-    table(rows)
+    show_table("hacking.md", "overoptimization", table(rows))
     draw(rows)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE = RESULTS / "sums.jsonl"
 ONLINE = {"reward": "examples/sums.py:right", "eval_prompts": 81, "prompts_per_step": 8, "group_size": 8,
@@ -102,10 +102,11 @@ def measure(args: Args):
             write_jsonl(FILE, rows)
 
 
-def table(rows: list[dict]):
+def table(rows: list[dict]) -> str:
+    """As docs/measurements.md has it: means over the seeds (lowest to highest)."""
     steps = sorted({int(step) for row in rows for step in row["held"]})
-    print("| | seeds | " + " | ".join(f"step {step}" for step in steps) + " | training passes 0.95 at step | KL | peak memory, MiB |")
-    print("|---" * (len(steps) + 5) + "|")
+    lines = ["| | seeds | " + " | ".join(f"step {step}" for step in steps) +
+             " | training passes 0.95 at step | KL | peak memory, MiB |", "|---" * (len(steps) + 5) + "|"]
     for name in RUNS:
         own = [row for row in rows if row["name"] == name]
         if own:
@@ -117,7 +118,8 @@ def table(rows: list[dict]):
             cells.append(", ".join(str(step or "never") for step in passed) if name != "dpo" else "")
             kl = [row["kl"] for row in own if row["kl"] is not None]
             cells += [f"{statistics.fmean(kl):.1f}" if kl else "", f"{max(row['memory'] for row in own)}"]
-            print(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main(args: Args):
@@ -125,7 +127,7 @@ def main(args: Args):
         if not args.model:
             sys.exit("error: --model: name a small chat model, such as HuggingFaceTB/SmolLM2-135M-Instruct")
         measure(args)
-    table(read_jsonl(FILE))
+    show_table("measurements.md", "sums", table(read_jsonl(FILE)))
 
 
 if __name__ == "__main__":

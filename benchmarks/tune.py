@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE, PROMPTS = RESULTS / "tune.jsonl", 300
 DEFAULTS = {"grpo": {"lr": 4e-4, "beta": 0.04}, "ppo": {"lr": 3e-4, "beta": 0.04},
@@ -85,7 +85,9 @@ def measure(args: Args):
             write_jsonl(FILE, rows)
 
 
-def table(rows: list[dict]):
+def table(rows: list[dict]) -> str:
+    """As docs/algorithms.md has it: for each script its trials, best first, and how flat the neighborhood is."""
+    lines = []
     for script in DEFAULTS:
         found = {}
         for row in rows:
@@ -94,24 +96,25 @@ def table(rows: list[dict]):
         if not found:
             continue
         gold = {flags: statistics.fmean(row["gold"] for row in own) for flags, own in found.items()}
-        print(f"\n| `{script}.py` | gold (each seed) | KL |\n|---|---|---|")
+        lines += [""] * bool(lines) + [f"| `{script}.py` | gold (each seed) | KL |", "|---|---|---|"]
         for flags in sorted(gold, key=gold.get, reverse=True):
             name = ", ".join(f"--{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"--{k.replace('_', '-')} {v}"
                              for k, v in json.loads(flags).items()) or "the defaults"
             each = ", ".join(f"{row['gold']:.3f}" for row in found[flags])
-            print(f"| {name} | {gold[flags]:.3f} ({each}) | {statistics.fmean(r['kl'] for r in found[flags]):.2f} |")
-        default, best = gold.get("{}"), max(gold.values())
+            lines.append(f"| {name} | {gold[flags]:.3f} ({each}) | {statistics.fmean(r['kl'] for r in found[flags]):.2f} |")
+        default, best, flat = gold.get("{}"), max(gold.values()), []
         for flag, value in DEFAULTS[script].items():
             near = [gold.get(json.dumps({flag: float(f"{value * factor:.6g}")})) for factor in (0.5, 2)]
             if default is not None and None not in near:
-                print(f"{script} --{flag}: half {near[0] - default:+.3f}, twice {near[1] - default:+.3f}; "
-                      f"the defaults are {best - default:.3f} below the best trial")
+                flat.append(f"`--{flag}` half {near[0] - default:+.3f}, twice {near[1] - default:+.3f}")
+        lines += ["", f"`{script}.py`, against the defaults: {'; '.join(flat)}; the best trial {best - default:+.3f}."] * bool(flat)
+    return "\n".join(lines)
 
 
 def main(args: Args):
     if not args.table:
         measure(args)
-    table(read_jsonl(FILE))
+    show_table("algorithms.md", "tune", table(read_jsonl(FILE)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from many import RESULTS, ROOT, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE, HERE = RESULTS / "variants.jsonl", "benchmarks/variants.py"
 BEST, BOTH = f"{HERE}:best", (f"{HERE}:best", f"{HERE}:brief")
@@ -82,7 +82,7 @@ def flags_of(name: str) -> str:
     return " ".join(shown).replace(f"{HERE}:", "") or "defaults"
 
 
-def table(rows: list[dict]):
+def table(rows: list[dict]) -> str:
     """As docs/measurements.md has it: means over the seeds, with the standard deviation of gold."""
     found = {}
     for row in rows:
@@ -92,8 +92,8 @@ def table(rows: list[dict]):
     def cell(name, column, digits=2):
         values = [value for value in found.get((name, column), []) if value is not None]
         return f"{statistics.fmean(values):.{digits}f}" if values else ""
-    print("| | gold | difference | " + " | ".join([*COLUMNS.values()][1:]) + " | groups replaced |")
-    print("|---" * (len(COLUMNS) + 3) + "|")
+    lines = ["| | gold | difference | " + " | ".join([*COLUMNS.values()][1:]) + " | groups replaced |",
+             "|---" * (len(COLUMNS) + 3) + "|"]
     for name, (beside, script, _) in VARIANTS.items():
         own, other = (found.get((x, "eval_gold"), []) for x in (name, beside))
         if own:
@@ -104,8 +104,9 @@ def table(rows: list[dict]):
                 difference = f"{statistics.fmean(own) - statistics.fmean(other):+.3f} ({error:.3f})"
             rest = [cell(name, column, 3 if column in ("entropy", "eval_pass_at_4") else 2) for column in [*COLUMNS][1:]]
             replaced = cell(name, "groups_replaced", 0)
-            print(f"| {'+ ' if beside else f'`{script}.py` '}`{flags_of(name)}` | {cell(name, 'eval_gold', 3)}{spread} | "
-                  f"{difference} | " + " | ".join(rest) + f" | {replaced if replaced != '0' else ''} |")
+            lines.append(f"| {'+ ' if beside else f'`{script}.py` '}`{flags_of(name)}` | {cell(name, 'eval_gold', 3)}{spread}"
+                         f" | {difference} | " + " | ".join(rest) + f" | {replaced if replaced != '0' else ''} |")
+    return "\n".join(lines)
 
 
 def main(args: Args):
@@ -124,12 +125,12 @@ def main(args: Args):
                 name, seed = Path(flags["run_dir"]).name.rsplit("-", 1)
                 metrics = read_jsonl(Path(flags["run_dir"]) / "metrics.jsonl")
                 steps, last = [row for row in metrics if "loss" in row], metrics[-1]
-                row = {"variant": name, "seed": int(seed)}
+                row = {"variant": name, "seed": int(seed), **commit()}
                 row |= {k: (steps[-1] | last).get(k) for k in COLUMNS}
                 row["groups_replaced"] = sum(r.get("groups_replaced", 0) for r in steps)
                 done.append(row)
                 write_jsonl(FILE, done)
-    table(read_jsonl(FILE))
+    show_table("measurements.md", "variants", table(read_jsonl(FILE)))
 
 
 if __name__ == "__main__":

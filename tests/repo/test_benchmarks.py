@@ -13,6 +13,7 @@ from helpers.repo import ROOT, load
 
 sys.path.append(str(ROOT / "benchmarks"))  # they import many.py
 credit, hacking = load("benchmarks/credit.py"), load("benchmarks/hacking.py")
+many = load("benchmarks/many.py")
 COMMANDS = ["algorithms.py", "check.py", "claims.py", "credit.py", "ensemble.py", "gpu_check.py", "gpu_lab.py",
             "hacking.py", "memory.py", "overoptimization.py", "parts.py", "robustness.py", "speed.py", "sums.py",
             "tune.py", "variants.py"]
@@ -33,7 +34,6 @@ def test_a_benchmark_starts(name, monkeypatch, capsys):
 
 
 def test_rows_are_read_as_they_were_written(tmp_path):
-    many = load("benchmarks/many.py")
     rows = [{"a": 1, "b": [0.5]}, {"a": 2}]
     many.write_jsonl(tmp_path / "rows.jsonl", rows)
     assert many.read_jsonl(tmp_path / "rows.jsonl") == rows
@@ -190,12 +190,29 @@ def test_what_a_critic_knows():
     assert knowledge(prompts)["within"] == 0
 
 
-def test_tables_in_the_docs_are_those_of_the_results(capsys):
-    variants, claims = load("benchmarks/variants.py"), load("benchmarks/claims.py")
-    variants.table(variants.read_jsonl(variants.FILE))
-    assert capsys.readouterr().out in Path("docs/measurements.md").read_text()
-    rows = claims.read_jsonl(claims.FILE) if claims.FILE.exists() else []
-    assert claims.table(rows) + "\n<!-- end -->" in Path("docs/claims.md").read_text()
+@pytest.mark.parametrize("page, name", [("measurements.md", "variants"), ("claims.md", "claims"),
+                                        ("hacking.md", "overoptimization"), ("measurements.md", "sums"),
+                                        ("algorithms.md", "tune")])
+def test_a_table_in_the_docs_is_that_of_the_results(page, name):
+    bench = load(f"benchmarks/{name}.py")
+    assert many.in_page(page, name) == bench.table(bench.read_jsonl(bench.FILE))
+
+
+def test_the_table_of_critics_is_that_of_the_results():
+    rows = credit.read_jsonl(credit.RESULTS / "critics.jsonl")
+    assert many.in_page("credit.md", "critics") == credit.critics_table(rows)
+
+
+def test_a_table_goes_between_its_two_lines(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(many, "DOCS", tmp_path)
+    page.write_text("a\n<!-- x -->\nold\nold\n<!-- end x -->\nb\n")
+    for text in ("| 1 |", "| 1 |\n| 2 |"):
+        many.show_table("page.md", "x", text)
+        assert page.read_text() == f"a\n<!-- x -->\n{text}\n<!-- end x -->\nb\n" and many.in_page("page.md", "x") == text
+    with pytest.raises(SystemExit, match="no lines <!-- y -->"):
+        many.show_table("page.md", "y", "new")
+    assert "new" not in page.read_text()
 
 
 def test_the_figures_are_of_all_runs():
