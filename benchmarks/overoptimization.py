@@ -5,7 +5,7 @@ keeps rising; the more pairs the reward model has seen, the later. With the pape
     gold(d) - gold(0) = d (alpha - beta log d)      d: square root of the KL      (on-policy algorithms)
     gold(d) - gold(0) = d (alpha - beta d)                                        (best-of-n)
 
-    python benchmarks/overoptimization.py            # all runs, then the picture: half an hour on two cores
+    python benchmarks/overoptimization.py            # all runs, then the picture: 19 minutes on two cores
     python benchmarks/overoptimization.py --draw     # picture and figures again, from results/overoptimization.jsonl
 
 Goes on where it stopped. Writes results/overoptimization.jsonl, a row for each evaluation of each run, and
@@ -150,7 +150,7 @@ def draw(rows: list[dict]):
     from matplotlib.figure import Figure
     from plot import COLORS, GRAY, STYLE
     kinds = [("grpo", 0.0), ("grpo", 0.3), ("ppo", 0.0), ("reinforce", 0.0), ("best of n", 0.0)]
-    colors = dict(zip(kinds, [COLORS[0], COLORS[4], COLORS[1], COLORS[2], GRAY]))
+    colors = dict(zip(kinds, [COLORS[0], COLORS[3], COLORS[1], COLORS[2], GRAY]))
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 6), layout="constrained")
         panels = figure.subplots(2, len(SIZES), sharex=True, sharey="row")
@@ -165,9 +165,13 @@ def draw(rows: list[dict]):
             column[0].set_title(f"{size:,} pairs")
         panels[0, 0].set_ylabel("gold reward")
         panels[1, 0].set_ylabel("learned reward, above its start")
-        panels[1, 0].set_yscale("symlog", linthresh=5)
+        panels[1, 0].set_yscale("symlog", linthresh=2)  # shared by the row, and the next by all
+        panels[1, 0].set_yticks([0, 1, 2, 5, 10], ["0", "1", "2", "5", "10"])
         panels[0, 0].set_xscale("symlog", linthresh=2)
-        panels[0, 0].set_xlim(0)
+        panels[0, 0].set_xticks([0, 0.5, 1, 2, 5, 10], ["0", "0.5", "1", "2", "5", "10"])
+        panels[0, 0].set_xlim(0, 10)
+        for axes in panels.flat:
+            axes.minorticks_off()
         figure.supxlabel("square root of the KL from the reference (nats per completion)", fontsize="medium")
         keys = [axes.plot([], [], color=color, lw=2, ls="--" if kind[0] == "best of n" else "-")[0]
                 for kind, color in colors.items()]
