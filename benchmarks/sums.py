@@ -23,7 +23,7 @@ from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_t
 
 FILE = RESULTS / "sums.jsonl"
 ONLINE = {"reward": "examples/sums.py:right", "eval_prompts": 81, "prompts_per_step": 8, "group_size": 8,
-          "max_new_tokens": 14, "lr": 1e-5, "lr_schedule": "constant_with_warmup", "beta": 0.02, "eval_every": 10,
+          "max_new_tokens": 14, "lr": 1e-5, "lr_schedule": "constant_with_warmup", "beta": 0.02, "eval_every": 8,
           "eval_samples": 4, "save_every": 0}
 RUNS = {  # name: (script, flags)
     "grpo": ("grpo", {}),
@@ -43,12 +43,12 @@ class Args:
     """only the table, from results/sums.jsonl"""
     only: tuple[str, ...] = tuple(RUNS)
     seeds: int = 3
-    steps: int = 40
+    steps: int = 24
     """of the on-policy scripts"""
     samples: int = 32
     """answers to each sum, of which DPO's pairs are made"""
     dtype: str = "auto"
-    workers: int = 1
+    workers: int = 2
     """runs at a time, with one thread each if there are several"""
 
 
