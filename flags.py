@@ -145,7 +145,7 @@ class OnPolicyArgs(SampleArgs):
     max_prompt_tokens: NonNegInt = 0
     """skip rows with longer prompts (0: a prompt that does not fit the context is an error)"""
     max_kl: NonNegFloat = 0.0
-    """stop after a step with a larger KL, in nats per completion (5 to 50; 0: never)"""
+    """stop after a step with a larger KL, in nats per completion (1 to 50; 0: never)"""
 
     reward_weights: tuple[float, ...] = ()
     """factors of the rewards, one each (default: 1)"""

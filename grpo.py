@@ -18,13 +18,13 @@ Differences from the paper:
 3. Outcome rewards only, no process rewards.
 
 Its relatives. With one update per rollout the ratio is 1: then GSPO, GMPO and SAPO equal GRPO,
-and CISPO equals DAPO. Their clips matter with several (--minibatches 4):
+and CISPO equals DAPO. Their clips matter with several:
 
-    DAPO        --loss-type dapo --clip-high 0.28 --beta 0 --max-resamples 5
+    DAPO        --loss-type dapo --clip-high 0.28 --minibatches 4 --beta 0 --max-resamples 5
                 --truncation-penalty 1 --max-new-tokens 20480 --overlong-window 4096
     Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
-    GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --beta 0
-    CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --beta 0 (tune this clip)
+    GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --minibatches 4 --beta 0
+    CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --minibatches 4 --beta 0
     GMPO, SAPO, MaxRL and GDPO: docs/algorithms.md
 
 For an unbiased gradient of E[r] - beta * KL, up to a constant factor, use one update per

@@ -16,7 +16,7 @@ come, and a token's advantage is how much better things went than predicted:
 Differences from the papers:
 
 1. The critic is a model of its own, as in InstructGPT, not a head of the policy.
-2. No pretraining term (InstructGPT's PPO-ptx) and no entropy bonus.
+2. No pretraining term (InstructGPT's PPO-ptx) and, by default, no entropy bonus.
 3. A completion cut at --max-new-tokens ends there; nothing is bootstrapped.
 4. The mean is over all tokens of an update; whitening, over those of a rollout.
 

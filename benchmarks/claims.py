@@ -192,7 +192,7 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
     "length": ("with 1 / length, wrong answers grow longer than with Dr. GRPO",
                "[2503.20783](https://arxiv.org/abs/2503.20783)", ("1/length", "dr_grpo"), "words of wrong answers",
                lambda r: r.compare("1/length", "dr_grpo", "words_of_wrong", digits=1)),
-    "maxrl": ("MaxRL raises pass@k", "[2602.02710](https://arxiv.org/abs/2602.02710)", (), "pass@4, variants.py",
+    "maxrl": ("MaxRL raises pass@k", "[2602.02710](https://arxiv.org/abs/2602.02710)", (), "pass@4 (near its ceiling here), variants.py",
               lambda r: r.compare("maxrl", "binary", "eval_pass_at_4")),
     "clip": ("more than one epoch per rollout needs the clip", "PPO, [1707.06347](https://arxiv.org/abs/1707.06347)",
              ("clipped", "unclipped"), "gold after 4 epochs of 4 minibatches",
@@ -200,11 +200,12 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
     "clip-higher": ("clip-higher keeps entropy", "DAPO, [2503.14476](https://arxiv.org/abs/2503.14476)",
                     ("clip-higher", "clipped"), "entropy, nats per token",
                     lambda r: r.compare("clip-higher", "clipped", "entropy", digits=4)),
-    "variance": ("leave-one-out has less variance than the group's std", "RLOO, [2402.14740](https://arxiv.org/abs/2402.14740)",
-                 ("gradient, group's std", "gradient, leave-one-out"), "noise of the first gradient",
+    "variance": ("leave-one-out has less variance than the group's std", "commonly said",
+                 ("gradient, group's std", "gradient, leave-one-out"), "noise of the first gradient: group's std, leave-one-out",
                  lambda r: r.noises("gradient, group's std", "gradient, leave-one-out")),
     "baseline": ("a baseline lowers the variance", "Williams 1992", ("gradient, no baseline", "gradient, leave-one-out"),
-                 "noise of the first gradient", lambda r: r.noises("gradient, no baseline", "gradient, leave-one-out")),
+                 "noise of the first gradient: without, leave-one-out",
+                 lambda r: r.noises("gradient, no baseline", "gradient, leave-one-out")),
     "likelihood": ("DPO lowers the chosen answers' likelihood", "Razin et al., [2410.08847](https://arxiv.org/abs/2410.08847)",
                    ("dpo",), "held-out log-prob of chosen answers, before against after",
                    lambda r: r.compare("dpo", "dpo", "first_eval_logprob_chosen", first="eval_logprob_chosen", digits=2)),
@@ -224,13 +225,13 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
                     "calibration error (accuracy) with a fifth flipped; smoothed; with no flips",
                     lambda r: r.calibration()),
     "best-of-n": ("the KL of best-of-n is at most log n - (n - 1) / n", "[2401.01879](https://arxiv.org/abs/2401.01879)", (),
-                  "exact KL over the bound, n = 4 and 64: 16 outcomes; 4,096", lambda r: best_of_n_bound()),
+                  "the exact KL as a share of the bound", lambda r: best_of_n_bound()),
 }
 
 
 def noises(self, more: str, less: str):
     a, b = (self.values(name, "noise") for name in (more, less))
-    return (f"{a[0]:.1f} against {b[0]:.1f}", "held" if a[0] > b[0] else "not held") if a and b else None
+    return (f"{a[0]:.1f}, {b[0]:.1f}", "held" if a[0] > b[0] else "not held") if a and b else None
 
 
 def calibration(self):
@@ -257,7 +258,7 @@ def best_of_n_bound():
             kl = torch.special.xlogy(best, best / p).sum().item()
             shares.append(kl / (math.log(n) - (n - 1) / n))
     text = [f"{share:.3f}" for share in shares]
-    return f"{text[0]}, {text[1]}; {text[2]}, {text[3]}", "held" if max(shares) <= 1 else "not held"
+    return f"16 outcomes: {text[0]} (n = 4), {text[1]} (n = 64); 4,096 outcomes: {text[2]}, {text[3]}", "held" if max(shares) <= 1 else "not held"
 
 
 def measure(args: Args):

@@ -2,8 +2,8 @@
 policies trained against each of them for long. Gold, the true reward, rises and then falls while the learned reward
 keeps rising; the more pairs the reward model has seen, the later. With the paper's law fitted to each curve:
 
-    gold(d) - gold(0) = d (alpha - beta log d)      d: square root of the KL      (on-policy algorithms)
-    gold(d) - gold(0) = d (alpha - beta d)                                        (best-of-n)
+    gold(d) - gold(0) = d (a - b log d)      d: square root of the KL      (on-policy algorithms)
+    gold(d) - gold(0) = d (a - b d)                                        (best-of-n)
 
     python benchmarks/overoptimization.py            # all runs, then the picture: 19 minutes on two cores
     python benchmarks/overoptimization.py --draw     # picture and figures again, from results/overoptimization.jsonl
@@ -102,13 +102,13 @@ def best_of_n(size: int, model: str) -> list[dict]:
 
 
 def fit(kl: list[float], gold: list[float], law: str):
-    """alpha, beta and R squared of the law, by least squares through the start: law "rl" or "best of n"."""
+    """a, b and R squared of the law, by least squares through the start: law "rl" or "best of n"."""
     d = torch.tensor(kl, dtype=torch.float64).sqrt()
     y = torch.tensor(gold, dtype=torch.float64) - gold[0]
     X = torch.stack([d, -d * (d.clamp(min=1e-9).log() if law == "rl" else d)], 1)
-    (alpha, beta), residual = torch.linalg.lstsq(X, y).solution.tolist(), None
-    residual = y - X @ torch.tensor([alpha, beta], dtype=torch.float64)
-    return alpha, beta, (1 - residual.square().sum() / (y - y.mean()).square().sum()).item()
+    solution = torch.linalg.lstsq(X, y).solution
+    residual = y - X @ solution
+    return *solution.tolist(), (1 - residual.square().sum() / (y - y.mean()).square().sum()).item()
 
 
 def curves(rows: list[dict]) -> dict:
@@ -123,8 +123,8 @@ def curves(rows: list[dict]) -> dict:
 
 def table(rows: list[dict]) -> str:
     """As docs/hacking.md has it: means over the seeds (lowest to highest)."""
-    lines = ["| | pairs | beta | gold at the start | best (step) | at the end | learned reward, rise | KL at the end | "
-          "alpha | beta of the law | R squared |", "|---" * 11 + "|"]
+    lines = ["| | pairs | `--beta` | gold at the start | highest | at the end | learned reward, rise | KL at the end | "
+          "a | b | R squared |", "|---" * 11 + "|"]
     for (algorithm, pairs, beta), runs in curves(rows).items():
         best = [max(run, key=lambda row: row["gold"]) for run in runs]
         fits = [fit([r["kl"] for r in run], [r["gold"] for r in run], "rl" if "step" in run[0] else "best of n")
@@ -137,7 +137,7 @@ def table(rows: list[dict]) -> str:
             return f"{statistics.fmean(values):.{digits}f}{spread}"
         lines.append(
             f"| {algorithm} | {pairs} | {beta:g} | {cell(run[0]['gold'] for run in runs)} | "
-            f"{cell(b['gold'] for b in best)} ({', '.join(str(b[where]) for b in best)}) | "
+            f"{cell(b['gold'] for b in best)}, {where} {', '.join(str(b[where]) for b in best)} | "
             f"{cell(run[-1]['gold'] for run in runs)} | "
             f"{cell(run[-1]['learned'] - run[0]['learned'] for run in runs)} | "
             f"{cell((run[-1]['kl'] for run in runs), 1)} | " + " | ".join(cell(column) for column in zip(*fits)) + " |")

@@ -2,12 +2,12 @@
 
     python benchmarks/sums.py --model HuggingFaceTB/SmolLM2-135M-Instruct   # an hour or two on two cores
     python benchmarks/sums.py --model MODEL --only grpo --seeds 1            # twelve minutes
-    python benchmarks/sums.py --table                                        # from results/sums.jsonl; no model
+    python benchmarks/sums.py --table        # the table and the picture, from results/sums.jsonl; no model
 
 Three seeds of GRPO, PPO, REINFORCE with its baseline and without, and DPO on pairs sampled from the model itself (one
 right and one wrong answer to the same sum). 8 x 8 answers of at most 14 tokens a step, the reward 1 if the last number
 is right. The bar is that of arXiv:2510.26788: on prompts that the model sometimes solves, accuracy in training passes
-0.95. Goes on where it stopped. Writes results/sums.jsonl.
+0.95. Goes on where it stopped. Writes results/sums.jsonl and docs/sums.png. pip install '.[plot]'
 """
 import json
 import statistics
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import tyro
 
-from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
+from many import DOCS, RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE = RESULTS / "sums.jsonl"
 ONLINE = {"reward": "examples/sums.py:right", "eval_prompts": 81, "prompts_per_step": 8, "group_size": 8,
@@ -40,7 +40,7 @@ class Args:
     model: str = ""
     """folder or hub id of a small chat model"""
     table: bool = False
-    """only the table, from results/sums.jsonl"""
+    """only the table and the picture, from results/sums.jsonl"""
     only: tuple[str, ...] = tuple(RUNS)
     seeds: int = 3
     steps: int = 24
@@ -122,12 +122,34 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict]):
+    """docs/sums.png: the share of right answers in training, for each run, and held out at the evaluations."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    sys.path[:0] = [str(ROOT / "tools")]
+    from plot import COLORS, GRAY, STYLE
+    names = [name for name in RUNS if name != "dpo" and any(row["name"] == name for row in rows)]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.2), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0], names):
+            axes.axhline(0.95, color=GRAY, lw=1, ls=":")
+            for row, color in zip((row for row in rows if row["name"] == name), COLORS):
+                axes.plot(range(1, len(row["train"]) + 1), row["train"], color=color, lw=1.2, alpha=0.85)
+                axes.plot([int(step) for step in row["held"]], list(row["held"].values()), "o", color=color, ms=5)
+            axes.set_title(name)
+        figure.supylabel("share of right answers", fontsize="medium")
+        figure.supxlabel("step (lines: training; dots: all 81 sums; dotted: 0.95)", fontsize="medium")
+        figure.savefig(DOCS / "sums.png")
+
+
 def main(args: Args):
     if not args.table:
         if not args.model:
             sys.exit("error: --model: name a small chat model, such as HuggingFaceTB/SmolLM2-135M-Instruct")
         measure(args)
-    show_table("measurements.md", "sums", table(read_jsonl(FILE)))
+    rows = read_jsonl(FILE)
+    show_table("measurements.md", "sums", table(rows))
+    draw(rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Whole runs with several rewards, resampled groups, a renewed reference, and a corrected sampler."""
 import gc
 import json
+import shutil
 
 import pytest
 import torch
@@ -158,18 +159,6 @@ def test_cut_completions_are_said_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: truncated was 1 in five steps on end") == 1
 
 
-TWO = ("--prompts-per-step 6 --group-size 2 --max-new-tokens 12 --eval-prompts 0 --log-every 1 --device cpu --steps 3 "
-       "--max-resamples 2").split()
-
-
-def test_two_processes_resample_together(tmp_path, file):
-    """One of them may have no flat group: it draws one as well, and both make the same number of attempts."""
-    process(*TORCHRUN, "grpo.py", *TWO, "--reward", f"{file}:right", "--run-dir", tmp_path / "run", cwd=ROOT)
-    log = steps_of(read(tmp_path / "run/metrics.jsonl"))
-    assert len(log) == 3 and sum(row["groups_replaced"] for row in log) > 0
-    assert all(abs(n - round(n)) < 1e-3 for n in (6 * row["zero_std_groups"] for row in log))  # whole groups
-
-
 # --- the reference
 
 @pytest.mark.parametrize("name, mix", [("grpo", 1.0), ("ppo", 0.25), ("reinforce", 0.25)])
@@ -249,20 +238,25 @@ def test_an_evaluation_that_fails_loses_no_renewal(tmp_path, monkeypatch):
     assert same_tensors(last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole"))
 
 
-TOGETHER = ("--prompts-per-step 4 --group-size 2 --max-new-tokens 12 --eval-prompts 4 --log-every 1 --device cpu "
+TOGETHER = ("--prompts-per-step 6 --group-size 2 --max-new-tokens 12 --eval-prompts 4 --log-every 1 --device cpu "
             "--lr-schedule constant_with_warmup --save-every 2 --eval-every 2 --renew-reference-every 2 "
-            "--reference-mix 0.5 --max-resamples 1 --normalize-rewards").split()
+            "--reference-mix 0.5 --max-resamples 2 --normalize-rewards --steps 4").split()
 
 
-def test_two_processes_resume_exactly_after_an_evaluation(tmp_path, file):
-    """An evaluation leaves FSDP's root gathered: checkpoints and the reference are of the shards all the same."""
-    rewards = ["--reward", f"{file}:right", "tiny/reward_model"]
-    process(*TORCHRUN, "grpo.py", *TOGETHER, *rewards, "--steps", 4, "--run-dir", tmp_path / "whole", cwd=ROOT)
-    process(*TORCHRUN, "grpo.py", *TOGETHER, *rewards, "--steps", 2, "--run-dir", tmp_path / "cut", cwd=ROOT)
-    process(*TORCHRUN, "grpo.py", "--resume", tmp_path / "cut", "--steps", 4, cwd=ROOT)
-    assert same_tensors(last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole"))
-    logs = [steps_of(read(tmp_path / folder / "metrics.jsonl")) for folder in ("cut", "whole")]
-    assert without_times(logs[0]) == without_times(logs[1]) and logs[0][2]["kl"] != logs[0][1]["kl"]
+def test_two_processes_resample_together_and_resume_exactly_after_an_evaluation(tmp_path, file):
+    """A process may have no flat group: it draws one as well, and both make the same number of attempts. An evaluation
+    leaves FSDP's root gathered: checkpoints and the reference are of the shards all the same."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process(*TORCHRUN, "grpo.py", *TOGETHER, "--reward", f"{file}:right", f"{file}:same", "--run-dir", whole, cwd=ROOT)
+    log = steps_of(read(whole / "metrics.jsonl"))
+    assert len(log) == 4 and sum(row["groups_replaced"] for row in log) > 0
+    assert all(abs(n - round(n)) < 1e-3 for n in (6 * row["zero_std_groups"] for row in log))  # whole groups
+    assert log[2]["kl"] != log[1]["kl"]
+    shutil.copytree(whole, cut)  # as if it was killed after step 2
+    shutil.rmtree(cut / "checkpoint-4")
+    process(*TORCHRUN, "grpo.py", "--resume", cut, cwd=ROOT)
+    assert same_tensors(last_checkpoint(cut), last_checkpoint(whole))
+    assert without_times(steps_of(read(cut / "metrics.jsonl"))) == without_times(log)
 
 
 @pytest.mark.parametrize("name", ON_POLICY)
