@@ -258,7 +258,8 @@ def best_of_n_bound():
             kl = torch.special.xlogy(best, best / p).sum().item()
             shares.append(kl / (math.log(n) - (n - 1) / n))
     text = [f"{share:.3f}" for share in shares]
-    return f"16 outcomes: {text[0]} (n = 4), {text[1]} (n = 64); 4,096 outcomes: {text[2]}, {text[3]}", "held" if max(shares) <= 1 else "not held"
+    figure = f"16 outcomes: {text[0]} (n = 4), {text[1]} (n = 64); 4,096 outcomes: {text[2]}, {text[3]}"
+    return figure, "held" if max(shares) <= 1 else "not held"
 
 
 def measure(args: Args):
