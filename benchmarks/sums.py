@@ -48,8 +48,8 @@ class Args:
     samples: int = 32
     """answers to each sum, of which DPO's pairs are made"""
     dtype: str = "auto"
-    workers: int = 2
-    """runs at a time, with one thread each if there are several"""
+    workers: int = 1
+    """runs at a time, with one thread each if there are several (slower: they share the way to the memory)"""
 
 
 def own_pairs(args: Args, folder: Path):
