@@ -1,7 +1,7 @@
 """A real model learns: one-digit sums (examples/sums.py) with a small chat model, by every algorithm.
 
-    python benchmarks/sums.py --model HuggingFaceTB/SmolLM2-135M-Instruct   # an hour or two on two cores
-    python benchmarks/sums.py --model MODEL --only grpo --seeds 1            # twelve minutes
+    python benchmarks/sums.py --model HuggingFaceTB/SmolLM2-135M-Instruct   # three hours on two cores
+    python benchmarks/sums.py --model MODEL --only grpo --seeds 1            # a quarter of an hour
     python benchmarks/sums.py --table        # the table and the picture, from results/sums.jsonl; no model
 
 Three seeds of GRPO, PPO, REINFORCE with its baseline and without, and DPO on pairs sampled from the model itself (one
@@ -113,7 +113,8 @@ def table(rows: list[dict]) -> str:
             cells = []
             for step in steps:
                 values = [row["held"][str(step)] for row in own if str(step) in row["held"]]
-                cells.append(f"{statistics.fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "")
+                spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "")
             passed = [next((i for i, value in enumerate(row["train"], 1) if value > 0.95), None) for row in own]
             cells.append(", ".join(str(step or "never") for step in passed) if name != "dpo" else "")
             kl = [row["kl"] for row in own if row["kl"] is not None]

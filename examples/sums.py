@@ -3,7 +3,7 @@ r"""A real chat model learns one-digit sums in minutes: a first run with a model
     python examples/sums.py                             # writes sums.jsonl: 81 prompts
     python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data sums.jsonl --reward examples/sums.py:right \
         --eval-data sums.jsonl --eval-prompts 81 --prompts-per-step 8 --group-size 8 --max-new-tokens 14 \
-        --steps 30 --lr 1e-5 --lr-schedule constant_with_warmup --beta 0.02 --log-every 1 --eval-every 10
+        --steps 24 --lr 1e-5 --lr-schedule constant_with_warmup --beta 0.02 --log-every 1 --eval-every 8
 
 The reward is 1 if the last number of an answer is right. A small model knows the sums, but says them in so many ways
 that few of its sampled answers end with the right number: the reward picks one way.
