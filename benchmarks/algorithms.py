@@ -23,7 +23,7 @@ import torch
 import tyro
 from transformers import logging
 
-from many import RESULTS, ROOT, commit, read_jsonl, run_all, write_jsonl
+from many import RESULTS, ROOT, commit, read_jsonl, run_all, show_table, write_jsonl
 
 sys.path[:0] = [str(ROOT)]
 ONLINE = "grpo", "ppo", "reinforce"
@@ -105,11 +105,29 @@ def noise_of(script: str, folder: str) -> float:
     return variance / squared_mean
 
 
-def table(rows: list[dict]):
+def by_seed(rows: list[dict]) -> str:
+    """As docs/measurements.md has it: the default runs, seed by seed."""
+    runs = {(row["script"], row["seed"]): row for row in rows if "seed" in row}
+    scripts = [script for script in (*ONLINE, "dpo") if any(script == name for name, _ in runs)]
+    lines = ["| gold | before | " + " | ".join(f"`{script}.py`" for script in scripts) + " |",
+             "|---" * (len(scripts) + 2) + "|"]
+    for seed in sorted({seed for _, seed in runs}):
+        lines.append(f"| seed {seed} | {runs[scripts[0], seed]['first']:.2f} | "
+                     + " | ".join(f"{runs[script, seed]['last']:.2f}" for script in scripts) + " |")
+    own = {script: [row for (name, _), row in runs.items() if name == script] for script in scripts}
+    for name, column, digits in (("mean", "last", 3), ("KL, nats", "kl", 2), ("length, tokens", "length", 1)):
+        first = f"{statistics.fmean(row['first'] for row in own[scripts[0]]):.3f}" if column == "last" else ""
+        lines.append(f"| {name} | {first} | " + " | ".join(
+            f"{statistics.fmean(row[column] for row in own[script]):.{digits}f}" for script in scripts) + " |")
+    return "\n".join(lines)
+
+
+def table(rows: list[dict]) -> str:
+    """As docs/algorithms.md has it."""
     runs = [row for row in rows if "seed" in row]
     base = statistics.fmean(row["seconds"] for row in runs if row["script"] == "grpo")
-    print("| | gold: mean (least to most) | to gold 0.85: completions, or pairs | seconds to it | seconds in total | "
-          "KL | length | MiB | noise |\n|---|---|---|---|---|---|---|---|---|")
+    lines = ["| | gold: mean (lowest to highest) | to gold 0.85: completions, or pairs | seconds to it | "
+             "seconds in all | KL | length | MiB | noise |", "|---|---|---|---|---|---|---|---|---|"]
     for script in (*ONLINE, "dpo", "reward_model"):
         own = [row for row in runs if row["script"] == script]
         last = [row["last"] for row in own]
@@ -123,10 +141,12 @@ def table(rows: list[dict]):
         rest = " | ".join([*rest, f"{statistics.fmean(row['memory'] for row in own):.0f}", noise])
         spread = f"{statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f})"
         if script == "reward_model":
-            print(f"| `{script}.py` | accuracy {spread} | | | {rest} |")
+            lines.append(f"| `{script}.py` | accuracy {spread} | | | {rest} |")
         else:
-            print(f"| `{script}.py` | {spread} | {to_gold[0]:,.0f} ({len(reached)} of {len(own)} seeds) | "
-                  f"{to_gold[1] / base:.2f} | {rest} |")
+            often = to_gold[0] < math.inf  # by half of the seeds
+            lines.append(f"| `{script}.py` | {spread} | {f'{to_gold[0]:,.0f}' if often else 'not by half'} "
+                         f"({len(reached)} of {len(own)} seeds) | {f'{to_gold[1] / base:.2f}' if often else ''} | {rest} |")
+    return "\n".join(lines)
 
 
 def main(args: Args):
@@ -142,7 +162,9 @@ def main(args: Args):
                     rows.append({"script": script, "noise": noise_of(script, folder), **commit()})
         before = read_jsonl(FILE) if FILE.exists() else []
         write_jsonl(FILE, [row for row in before if row["script"] not in args.scripts] + rows)
-    table(read_jsonl(FILE))
+    rows = read_jsonl(FILE)
+    show_table("algorithms.md", "algorithms", table(rows))
+    show_table("measurements.md", "default runs", by_seed(rows))
 
 
 if __name__ == "__main__":

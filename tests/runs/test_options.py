@@ -240,7 +240,8 @@ def test_an_evaluation_that_fails_loses_no_renewal(tmp_path, monkeypatch):
 
 TOGETHER = ("--prompts-per-step 6 --group-size 2 --max-new-tokens 12 --eval-prompts 4 --log-every 1 --device cpu "
             "--lr-schedule constant_with_warmup --save-every 2 --eval-every 2 --renew-reference-every 2 "
-            "--reference-mix 0.5 --max-resamples 2 --normalize-rewards --steps 4").split()
+            "--reference-mix 0.5 --max-resamples 2 --normalize-rewards --steps 4 "
+            "--keep-checkpoints 2").split()
 
 
 def test_two_processes_resample_together_and_resume_exactly_after_an_evaluation(tmp_path, file):
