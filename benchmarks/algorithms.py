@@ -27,7 +27,7 @@ from many import RESULTS, ROOT, commit, read_jsonl, run_all, show_table, write_j
 
 sys.path[:0] = [str(ROOT)]
 ONLINE = "grpo", "ppo", "reinforce"
-GOLD, GRADIENTS = 0.85, 8
+GOLD, GRADIENTS = 0.85, 16
 FILE = RESULTS / "algorithms.jsonl"
 
 
