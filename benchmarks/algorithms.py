@@ -8,7 +8,8 @@ training; and the noise of the first gradient.
 Gold is the true reward on 300 held-out prompts, at best 1. Seconds are training time on one core without evaluation,
 relative to GRPO's. Memory is the peak of the process. Noise of the gradient: variance of the first update's gradient
 over seeds (summed over parameters), divided by the squared length of its mean, both estimated from GRADIENTS seeds. An
-update has a whole rollout of 256 completions, or 32 pairs. Writes results/algorithms.jsonl.
+update has a whole rollout of 256 completions, or 32 pairs. Writes results/algorithms.jsonl and the
+tables in docs/algorithms.md and docs/measurements.md.
 """
 import contextlib
 import io
@@ -112,8 +113,9 @@ def by_seed(rows: list[dict]) -> str:
     lines = ["| gold | before | " + " | ".join(f"`{script}.py`" for script in scripts) + " |",
              "|---" * (len(scripts) + 2) + "|"]
     for seed in sorted({seed for _, seed in runs}):
-        lines.append(f"| seed {seed} | {runs[scripts[0], seed]['first']:.2f} | "
-                     + " | ".join(f"{runs[script, seed]['last']:.2f}" for script in scripts) + " |")
+        found = [runs.get((script, seed)) for script in scripts]
+        lines.append(f"| seed {seed} | {next(row['first'] for row in found if row):.2f} | "
+                     + " | ".join(f"{row['last']:.2f}" if row else "" for row in found) + " |")
     own = {script: [row for (name, _), row in runs.items() if name == script] for script in scripts}
     for name, column, digits in (("mean", "last", 3), ("KL, nats", "kl", 2), ("length, tokens", "length", 1)):
         first = f"{statistics.fmean(row['first'] for row in own[scripts[0]]):.3f}" if column == "last" else ""
@@ -144,7 +146,7 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| `{script}.py` | accuracy {spread} | | | {rest} |")
         else:
             often = to_gold[0] < math.inf  # by half of the seeds
-            lines.append(f"| `{script}.py` | {spread} | {f'{to_gold[0]:,.0f}' if often else 'not by half'} "
+            lines.append(f"| `{script}.py` | {spread} | {f'{to_gold[0]:,.0f}' if often else 'by fewer than half'} "
                          f"({len(reached)} of {len(own)} seeds) | {f'{to_gold[1] / base:.2f}' if often else ''} | {rest} |")
     return "\n".join(lines)
 
@@ -163,8 +165,9 @@ def main(args: Args):
         before = read_jsonl(FILE) if FILE.exists() else []
         write_jsonl(FILE, [row for row in before if row["script"] not in args.scripts] + rows)
     rows = read_jsonl(FILE)
-    show_table("algorithms.md", "algorithms", table(rows))
-    show_table("measurements.md", "default runs", by_seed(rows))
+    for page, name, text in (("algorithms.md", "algorithms", table(rows)),
+                             ("measurements.md", "default runs", by_seed(rows))):
+        show_table(page, name, text)
 
 
 if __name__ == "__main__":

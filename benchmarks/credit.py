@@ -12,7 +12,8 @@ and for REINFORCE the score minus the mean of the group's others.
 Writes results/credit.jsonl and docs/credit.png. pip install '.[plot]'
 
 --critics: critics of a policy that stays as it is (`ppo.py --critic-warmup` with as many steps), after 20 to 160 steps
-of 256 completions, with --critic-gae-lambda 0.95 and 1 and with two learning rates. Writes results/critics.jsonl.
+of 256 completions, with --critic-gae-lambda 0.95 and 1 and with two learning rates. Writes results/critics.jsonl and the table in
+docs/credit.md.
 """
 import json
 import statistics

@@ -1,6 +1,7 @@
 """Many runs of the scripts, several at a time, for the benchmarks that need them. A worker is a process, with
 one thread, which imports torch once and calls a script's `main` for one run after the other."""
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -23,7 +24,7 @@ def set_threads(threads: int):
 
 
 def run_one(job: tuple):
-    """job: (script, its flags as a dict, with run_dir, and perhaps module:context, a context manager of script and flags
+    """job: (script, flags with run_dir, and perhaps module:context, a context manager of script and flags
     around the run). Returns the job, its seconds of CPU time, and the peak memory of the worker in MiB."""
     sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
     script = importlib.import_module(job[0])
@@ -43,6 +44,7 @@ def run_one(job: tuple):
 def run_all(jobs: list[tuple], workers: int = 2, fresh: bool = False, threads: int = 1):
     """Yields what run_one returns, as runs end. fresh: a new process for each, so that its memory is measured alone.
     threads of each worker (0: torch's own choice)."""
+    commit()  # of now, not of when the runs end
     with multiprocessing.get_context("spawn").Pool(workers, set_threads, [threads], 1 if fresh else None) as pool:
         for done, found in enumerate(pool.imap_unordered(run_one, jobs), 1):
             print(f"{done}/{len(jobs)}  {Path(found[0][1]['run_dir']).name}  {found[1]:.0f} s", flush=True)
@@ -79,8 +81,10 @@ def show_table(page: str, name: str, text: str):
     (DOCS / page).write_text(before + begin + text + end + after)
 
 
+@functools.cache
 def commit() -> dict:
-    """What a results row was made with: the commit ("-dirty": with changed scripts), torch and transformers."""
+    """What the runs of this process are made with, as it was at the first call: the commit ("-dirty": with changed
+    scripts), torch and transformers."""
     def git(*command):
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")

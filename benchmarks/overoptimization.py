@@ -1,6 +1,6 @@
 """Overoptimization as in Gao et al. 2023 (arXiv:2210.10760): reward models from 200, 1,000 and 9,000 fair pairs, and
 policies trained against each of them for long. Gold, the true reward, rises and then falls while the learned reward
-keeps rising; the more pairs the reward model has seen, the later. With the paper's law fitted to each curve:
+keeps rising; the more pairs the reward model has seen, the less gold falls. With the paper's law fitted to each curve:
 
     gold(d) - gold(0) = d (a - b log d)      d: square root of the KL      (on-policy algorithms)
     gold(d) - gold(0) = d (a - b d)                                        (best-of-n)
@@ -9,7 +9,7 @@ keeps rising; the more pairs the reward model has seen, the later. With the pape
     python benchmarks/overoptimization.py --draw     # picture and figures again, from results/overoptimization.jsonl
 
 Goes on where it stopped. Writes results/overoptimization.jsonl, a row for each evaluation of each run, and
-docs/overoptimization.png. pip install '.[plot]'
+docs/overoptimization.png, and the table in docs/hacking.md. pip install '.[plot]'
 """
 import statistics
 import sys

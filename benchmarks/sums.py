@@ -7,7 +7,8 @@
 Three seeds of GRPO, PPO, REINFORCE with its baseline and without, and DPO on pairs sampled from the model itself (one
 right and one wrong answer to the same sum). 8 x 8 answers of at most 14 tokens a step, the reward 1 if the last number
 is right. The bar is that of arXiv:2510.26788: on prompts that the model sometimes solves, accuracy in training passes
-0.95. Goes on where it stopped. Writes results/sums.jsonl and docs/sums.png. pip install '.[plot]'
+0.95. Goes on where it stopped. Writes results/sums.jsonl, docs/sums.png and the table in docs/measurements.md.
+pip install '.[plot]'
 """
 import json
 import statistics
@@ -49,7 +50,7 @@ class Args:
     """answers to each sum, of which DPO's pairs are made"""
     dtype: str = "auto"
     workers: int = 1
-    """runs at a time, with one thread each if there are several (slower: they share the way to the memory)"""
+    """runs at a time, with one thread each if there are several (slower: they share the memory's bandwidth)"""
 
 
 def own_pairs(args: Args, folder: Path):
@@ -79,7 +80,10 @@ def curve_of(folder: Path) -> dict:
 
 def measure(args: Args):
     check_names("--only", args.only, RUNS)
-    rows = read_jsonl(FILE) if FILE.exists() else []
+    rows, given = read_jsonl(FILE) if FILE.exists() else [], {"model": Path(args.model).name, "steps": args.steps}
+    if others := [row for row in rows if given != {k: row[k] for k in given}]:
+        sys.exit(f"error: {FILE} has runs with --model {others[0]['model']} --steps {others[0]['steps']}: move it away to "
+                 "measure others")
     before = {(row["name"], row["seed"]) for row in rows}
     todo = [(name, seed) for seed in range(args.seeds) for name in args.only if (name, seed) not in before]
     with tempfile.TemporaryDirectory() as temporary:
@@ -97,7 +101,7 @@ def measure(args: Args):
             jobs.append((script, flags))
         for (script, flags), _, memory in run_all(jobs, args.workers, True, 0 if args.workers == 1 else 1):
             name, seed = Path(flags["run_dir"]).name.rsplit("-", 1)
-            rows.append({"name": name, "seed": int(seed), **curve_of(Path(flags["run_dir"])),
+            rows.append({"name": name, "seed": int(seed), **given, **curve_of(Path(flags["run_dir"])),
                          "memory": round(memory), **commit()})
             write_jsonl(FILE, rows)
 

@@ -9,7 +9,8 @@ The third set: of the questions in tiny/prompts.jsonl, every eighth (family, sub
 of its prompts are what a trial is judged by. DPO's pairs with the same last message are taken out as well. A trial
 is one value of one flag, all else being the default, at a quarter, half, twice and four times the default: --lr, --beta,
 and one flag of the algorithm. Gold: the true reward of 4 completions of each of the 300 prompts, at best 1; two seeds.
-Flat: by how much the neighbors, at half and twice a value, are worse. Writes results/tune.jsonl.
+Flat: by how much the neighbors, at half and twice a value, are worse. Writes results/tune.jsonl and the tables in
+docs/algorithms.md.
 """
 import json
 import statistics
@@ -107,7 +108,8 @@ def table(rows: list[dict]) -> str:
             near = [gold.get(json.dumps({flag: float(f"{value * factor:.6g}")})) for factor in (0.5, 2)]
             if default is not None and None not in near:
                 flat.append(f"`--{flag}` half {near[0] - default:+.3f}, twice {near[1] - default:+.3f}")
-        lines += ["", f"`{script}.py`, against the defaults: {'; '.join(flat)}; the best trial {best - default:+.3f}."] * bool(flat)
+        if flat:
+            lines += ["", f"`{script}.py`, against the defaults: {'; '.join(flat)}; the best trial {best - default:+.3f}."]
     return "\n".join(lines)
 
 

@@ -108,6 +108,17 @@ def test_runs_of_overoptimization_that_are_missing_are_made(tmp_path, monkeypatc
         assert sorted(found) == sorted(whole)
 
 
+def test_sums_of_another_model_are_not_mixed_with_those_that_are_there(tmp_path, monkeypatch):
+    sums = load("benchmarks/sums.py")
+    monkeypatch.setattr(sums, "FILE", tmp_path / "rows.jsonl")
+    sums.write_jsonl(sums.FILE, [{"name": "grpo", "seed": 0, "model": "A", "steps": 24}])
+    monkeypatch.setattr(sums, "run_all", lambda *rest: [])
+    for given in (dict(model="x/B"), dict(model="x/A", steps=3)):
+        with pytest.raises(SystemExit, match="has runs with --model A --steps 24: move it away"):
+            sums.measure(sums.Args(**given))
+    sums.measure(sums.Args(model="x/A", seeds=1, only=("grpo",)))  # there is nothing to do
+
+
 def test_a_figure_that_is_missing_has_moved(monkeypatch, capsys):
     check = load("benchmarks/check.py")
     monkeypatch.setattr(check, "run_all", lambda jobs: ((job, 0, 0) for job in jobs))
