@@ -128,19 +128,22 @@ def table(rows: list[dict]) -> str:
     """As docs/algorithms.md has it."""
     runs = [row for row in rows if "seed" in row]
     base = statistics.fmean(row["seconds"] for row in runs if row["script"] == "grpo")
+    columns = {"kl": ("KL", 2), "length": ("length", 1), "memory": ("MiB", 0), "noise": ("noise", 1)}
+    columns = {k: shown for k, shown in columns.items() if any(k in row for row in rows)}
     lines = ["| | gold: mean (lowest to highest) | to gold 0.85: completions, or pairs | seconds to it | "
-             "seconds in all | KL | length | MiB | noise |", "|---|---|---|---|---|---|---|---|---|"]
+             "seconds in all | " + " | ".join(name for name, _ in columns.values()) + " |",
+             "|---" * (5 + len(columns)) + "|"]
     for script in (*ONLINE, "dpo", "reward_model"):
         own = [row for row in runs if row["script"] == script]
         last = [row["last"] for row in own]
         reached = [row for row in own if "to_gold_rows" in row]
         to_gold = [statistics.median([row.get(k, math.inf) for row in own])
                    for k in ("to_gold_rows", "to_gold_seconds")]
-        noise = next((f"{row['noise']:.1f}" for row in rows if row["script"] == script and "noise" in row), "")
         rest = [f"{statistics.fmean(row['seconds'] for row in own) / base:.2f}"]
-        rest += [f"{statistics.fmean(row[k] for row in own):.2f}" if own[0][k] is not None else ""
-                 for k in ("kl", "length")]
-        rest = " | ".join([*rest, f"{statistics.fmean(row['memory'] for row in own):.0f}", noise])
+        for k, (_, digits) in columns.items():
+            values = [row[k] for row in rows if row["script"] == script and row.get(k) is not None]
+            rest.append(f"{statistics.fmean(values):.{digits}f}" if values else "")
+        rest = " | ".join(rest)
         spread = f"{statistics.fmean(last):.3f} ({min(last):.2f} to {max(last):.2f})"
         if script == "reward_model":
             lines.append(f"| `{script}.py` | accuracy {spread} | | | {rest} |")
@@ -159,11 +162,13 @@ def main(args: Args):
             rows = [facts_of(job, memory) for job, _, memory in run_all(jobs, fresh=True)]
             pairs = (ROOT / "tiny/preferences.jsonl").read_text().splitlines(True)[:2000]
             Path(folder, "pairs.jsonl").write_text("".join(pairs))
+            before = read_jsonl(FILE) if FILE.exists() else []
+            before = [row for row in before if row["script"] not in args.scripts]
+            write_jsonl(FILE, before + rows)
             for script in args.scripts:
                 if script != "reward_model":  # each seed starts from another random head
                     rows.append({"script": script, "noise": noise_of(script, folder), **commit()})
-        before = read_jsonl(FILE) if FILE.exists() else []
-        write_jsonl(FILE, [row for row in before if row["script"] not in args.scripts] + rows)
+        write_jsonl(FILE, before + rows)
     rows = read_jsonl(FILE)
     for page, name, text in (("algorithms.md", "algorithms", table(rows)),
                              ("measurements.md", "default runs", by_seed(rows))):

@@ -209,6 +209,17 @@ def test_a_table_in_the_docs_is_that_of_the_results(page, name):
     assert many.in_page(page, name) == bench.table(bench.read_jsonl(bench.FILE))
 
 
+def test_default_runs_in_the_docs_and_in_the_readme_are_those_of_the_results():
+    algorithms = load("benchmarks/algorithms.py")
+    rows = algorithms.read_jsonl(algorithms.FILE)
+    assert many.in_page("measurements.md", "default runs") == algorithms.by_seed(rows)
+    readme = Path("README.md").read_text()
+    for script, name in (("grpo", "GRPO"), ("ppo", "PPO"), ("reinforce", "REINFORCE"), ("dpo", "DPO")):
+        gold = [row["last"] for row in rows if row["script"] == script and "last" in row]
+        line = next(line for line in readme.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {sum(gold) / 5:.2f} ({min(gold):.2f}-{max(gold):.2f}) |" in line and len(gold) == 5
+
+
 def test_a_table_goes_between_its_two_lines(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     monkeypatch.setattr(many, "DOCS", tmp_path)
