@@ -5,14 +5,16 @@
     python benchmarks/claims.py --table               # docs/claims.md again, from results/claims.jsonl
 
 Goes on where it stopped. Each claim compares two kinds of runs, over five seeds, or two figures of the same runs. It is
-held if the difference has the claimed sign and is more than two standard errors; "as well as" holds if the difference
-is within two standard errors, or 0.02. Bugs are planted by replacing a function of the script for one run. Gold is
+held if the difference has the claimed sign and is more than two standard errors; "as well as" holds if it is not worse
+by more than two standard errors, or 0.02. Bugs are planted by replacing a function of the script for one run. Gold is
 the true reward of 4 completions of each of 300 held-out prompts, at best 1. Writes results/claims.jsonl and the table
 in docs/claims.md.
 """
 import contextlib
+import json
 import math
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +26,18 @@ import tyro
 from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE, VARIANTS = RESULTS / "claims.jsonl", RESULTS / "variants.jsonl"
-BEST = "benchmarks/variants.py:best"  # 1 if the gold reward is above 0.9, else 0
+CONTENT = "benchmarks/claims.py:content"
 GRADIENTS = 16  # seeds, each a first step, for the noise of the gradient
-UPDATES = {"epochs": 4, "minibatches": 4, "lr_schedule": "constant_with_warmup"}
-LENGTHS = {"reward": BEST, "scale_rewards": "none", "beta": 0.0, "max_kl": 1e9}
+NO_KL = {"beta": 0.0, "max_kl": 1e9}  # max_kl: the KL is measured
+UPDATES = {"epochs": 4, "minibatches": 4, "lr_schedule": "constant_with_warmup", **NO_KL}
+LENGTHS = {"reward": CONTENT, "gold": CONTENT, "scale_rewards": "none", **NO_KL}
+FEW = {"epochs": 4}  # of 1,000 pairs
 ON_BIASED = {"data": "tiny/biased_preferences.jsonl", "sample_data": "tiny/heldout.jsonl",
              "gold": "tiny/world.py:gold_reward"}
 RUNS = {  # name: (script, flags, what is planted)
     "groups of 16": ("grpo", {}, ""),
     "groups of 2": ("grpo", {"prompts_per_step": 128, "group_size": 2}, ""),
+    "an eighth": ("grpo", {"prompts_per_step": 16, "group_size": 2}, ""),
     "1/length": ("grpo", LENGTHS | {"loss_type": "grpo"}, ""),
     "dr_grpo": ("grpo", LENGTHS | {"loss_type": "dr_grpo"}, ""),
     "clipped": ("grpo", UPDATES, ""),
@@ -43,7 +48,7 @@ RUNS = {  # name: (script, flags, what is planted)
                                               "baseline": "loo"}, "keep_gradient"),
     "gradient, no baseline": ("reinforce", {"steps": 1, "eval_prompts": 0, "group_size": 16, "prompts_per_step": 16,
                                             "baseline": "none"}, "keep_gradient"),
-    "dpo": ("dpo", {"eval_every": 1000}, ""),
+    "dpo": ("dpo", {}, ""),
     "dpo, biased": ("dpo", ON_BIASED, ""),
     "dpo, biased, normalized": ("dpo", ON_BIASED | {"length_normalize": True, "beta": 1.0}, ""),
     "ppo": ("ppo", {}, ""),
@@ -51,9 +56,9 @@ RUNS = {  # name: (script, flags, what is planted)
     "updates": ("grpo", {"minibatches": 4}, ""),
     "updates, dropout": ("grpo", {"minibatches": 4}, "dropout"),
     "no end": ("grpo", {}, "end_not_trained"),
-    "labels as they are": ("reward_model", {}, ""),
-    "a fifth flipped": ("reward_model", {"data": "{folder}/flipped.jsonl"}, ""),
-    "a fifth flipped, smoothed": ("reward_model", {"data": "{folder}/flipped.jsonl", "label_smoothing": 0.2}, ""),
+    "labels as they are": ("reward_model", FEW | {"data": "{folder}/pairs.jsonl"}, ""),
+    "a fifth flipped": ("reward_model", FEW | {"data": "{folder}/flipped.jsonl"}, ""),
+    "a fifth flipped, smoothed": ("reward_model", FEW | {"data": "{folder}/flipped.jsonl", "label_smoothing": 0.2}, ""),
 }
 
 
@@ -65,6 +70,20 @@ class Args:
     """claims by name (default: all)"""
     seeds: int = 5
     workers: int = 2
+
+
+def content(prompts, completions, **columns) -> list[float]:
+    """1 for a right answer, told in whatever words and at whatever length, else 0."""
+    sys.path[:0] = [str(ROOT / "tiny")] * (str(ROOT / "tiny") not in sys.path)
+    from world import traits
+    values = []
+    for i, completion in enumerate(completions):
+        row = {k: v[i] for k, v in columns.items()}
+        found = traits(row, completion if isinstance(completion, str) else completion[0]["content"])
+        right = {"harm": found["refuses"] and not found["tells"], "help": found["tells"] and not found["refuses"]}.get(
+            row["kind"], found["named"] == {row["answer"]} and not found["refuses"])
+        values.append(float(right))
+    return values
 
 
 # --- bugs, planted for one run
@@ -139,6 +158,8 @@ def facts_of(name: str, seed: int, folder: Path) -> dict:
     for prefix, found in (("first_", evaluations[:1]), ("", evaluations[-1:]), ("", steps[-1:])):
         for values in found:
             row |= {prefix + k: v for k, v in values.items() if isinstance(v, float) and not k.startswith("seconds")}
+    if steps and "entropy" in steps[-1]:
+        row["entropy"] = statistics.fmean(step["entropy"] for step in steps[-10:])
     if (folder / "samples.jsonl").exists():
         samples = read_jsonl(folder / "samples.jsonl")
         for prefix, step in (("first_", samples[0]["step"]), ("", samples[-1]["step"])):
@@ -170,7 +191,8 @@ class Results:
         return [row[column] for row in self.rows if row["run"] == run and row.get(column) is not None]
 
     def compare(self, more: str, less: str, column: str, same: bool = False, digits: int = 3, first: str = ""):
-        """(figure, verdict) on "`more` has more of the column than `less`", or as much; columns may differ."""
+        """(figure, verdict) on "`more` has more of the column than `less`", or (same) not less. first: the column of
+        `less`, if it is another."""
         a, b = self.values(more, column), self.values(less, first or column)
         if min(len(a), len(b)) < 2:
             return None
@@ -178,10 +200,18 @@ class Results:
         error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
         figure = f"{mean_sd(a, digits)} against {mean_sd(b, digits)}"
         if same:
-            return figure, "held" if abs(difference) <= max(2 * error, 0.02) else "not held"
+            return figure, "held" if difference >= -max(2 * error, 0.02) else "not held"
         if abs(difference) <= 2 * error:
             return figure, "not seen"
         return figure, "held" if difference > 0 else "not held"
+
+    def beside(self, found, run: str, column: str, digits: int = 3):
+        """The same verdict, with one more figure."""
+        return found and (f"{found[0]}; {mean_sd(self.values(run, column), digits)}", found[1])
+
+    def noises(self, more: str, less: str):
+        a, b = (self.values(name, "noise") for name in (more, less))
+        return (f"{a[0]:.1f}, {b[0]:.1f}", "held" if a[0] > b[0] else "not held") if a and b else None
 
 
 GOLD = "eval_gold"
@@ -189,16 +219,20 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
     "groups": ("groups of 2 learn as well as groups of 16, at equal samples", "[2510.00977](https://arxiv.org/abs/2510.00977)",
                ("groups of 2", "groups of 16"), "gold",
                lambda r: r.compare("groups of 2", "groups of 16", GOLD, same=True)),
+    "groups-few": ("groups of 2 learn as well as groups of 16, with an eighth of the samples", "the same",
+                   ("an eighth", "groups of 16"), "gold", lambda r: r.compare("an eighth", "groups of 16", GOLD, same=True)),
     "length": ("with 1 / length, wrong answers grow longer than with Dr. GRPO",
-               "[2503.20783](https://arxiv.org/abs/2503.20783)", ("1/length", "dr_grpo"), "words of wrong answers",
-               lambda r: r.compare("1/length", "dr_grpo", "words_of_wrong", digits=1)),
+               "[2503.20783](https://arxiv.org/abs/2503.20783)", ("1/length", "dr_grpo"),
+               "words of wrong answers; before training (reward: 1 if the content is right, at any length)",
+               lambda r: r.beside(r.compare("1/length", "dr_grpo", "words_of_wrong", digits=1),
+                                  "dr_grpo", "first_words_of_wrong", digits=1)),
     "maxrl": ("MaxRL raises pass@k", "[2602.02710](https://arxiv.org/abs/2602.02710)", (), "pass@4 (near its ceiling here), variants.py",
               lambda r: r.compare("maxrl", "binary", "eval_pass_at_4")),
     "clip": ("more than one epoch per rollout needs the clip", "PPO, [1707.06347](https://arxiv.org/abs/1707.06347)",
-             ("clipped", "unclipped"), "gold after 4 epochs of 4 minibatches",
+             ("clipped", "unclipped"), "gold with 4 epochs of 4 minibatches per rollout, beta 0",
              lambda r: r.compare("clipped", "unclipped", GOLD)),
     "clip-higher": ("clip-higher keeps entropy", "DAPO, [2503.14476](https://arxiv.org/abs/2503.14476)",
-                    ("clip-higher", "clipped"), "entropy, nats per token",
+                    ("clip-higher", "clipped"), "entropy of the last 10 of the same steps, nats per token",
                     lambda r: r.compare("clip-higher", "clipped", "entropy", digits=4)),
     "variance": ("leave-one-out has less variance than the group's std", "commonly said",
                  ("gradient, group's std", "gradient, leave-one-out"), "noise of the first gradient: group's std, leave-one-out",
@@ -209,42 +243,33 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
     "likelihood": ("DPO lowers the chosen answers' likelihood", "Razin et al., [2410.08847](https://arxiv.org/abs/2410.08847)",
                    ("dpo",), "held-out log-prob of chosen answers, before against after",
                    lambda r: r.compare("dpo", "dpo", "first_eval_logprob_chosen", first="eval_logprob_chosen", digits=2)),
-    "dpo-length": ("DPO's answers grow longer where labels like length, less so with --length-normalize",
-                   "[2403.19159](https://arxiv.org/abs/2403.19159)", ("dpo, biased", "dpo, biased, normalized"),
-                   "tokens of answers",
-                   lambda r: r.compare("dpo, biased", "dpo, biased, normalized", "eval_length", digits=1)),
-    "late": ("bug: PPO's score one state after the end", "pitfall", ("ppo", "ppo, score late"), "gold",
+    "dpo-length": ("DPO's answers grow longer where labels like length",
+                   "[2403.19159](https://arxiv.org/abs/2403.19159)", ("dpo, biased",), "tokens of answers, after against before",
+                   lambda r: r.compare("dpo, biased", "dpo, biased", "eval_length", first="first_eval_length", digits=1)),
+    "normalize": ("DPO's answers grow less with --length-normalize", "SimPO, [2405.14734](https://arxiv.org/abs/2405.14734)",
+                  ("dpo, biased", "dpo, biased, normalized"), "tokens of answers, without against with; KL of both",
+                  lambda r: r.beside(r.beside(r.compare("dpo, biased", "dpo, biased, normalized", "eval_length", digits=1),
+                                              "dpo, biased", "eval_kl", digits=1),
+                                     "dpo, biased, normalized", "eval_kl", digits=1)),
+    "late": ("bug: PPO's score one state after the end (discounted by lambda once more)", "pitfall",
+             ("ppo", "ppo, score late"), "gold",
              lambda r: r.compare("ppo", "ppo, score late", GOLD)),
     "dropout": ("bug: dropout left on while training", "pitfall", ("updates", "updates, dropout"), "gold",
                 lambda r: r.compare("updates", "updates, dropout", GOLD)),
     "end": ("bug: the end of sequence is not trained", "pitfall", ("groups of 16", "no end"), "gold",
             lambda r: r.compare("groups of 16", "no end", GOLD)),
-    "calibration": ("label noise spoils a reward model's calibration, less so with label smoothing",
-                    "[2312.09244](https://arxiv.org/abs/2312.09244)", ("a fifth flipped", "a fifth flipped, smoothed",
-                                                                      "labels as they are"),
-                    "calibration error (accuracy) with a fifth flipped; smoothed; with no flips",
-                    lambda r: r.calibration()),
+    "calibration": ("label noise spoils a reward model's calibration", "[2403.00409](https://arxiv.org/abs/2403.00409)",
+                    ("a fifth flipped", "labels as they are"), "calibration error (ECE), a fifth of 1,000 labels flipped, or none",
+                    lambda r: r.compare("a fifth flipped", "labels as they are", "eval_ece")),
+    "noise": ("label noise costs accuracy", "the same", ("labels as they are", "a fifth flipped"), "accuracy, none flipped or a fifth",
+              lambda r: r.compare("labels as they are", "a fifth flipped", "eval_accuracy")),
+    "smoothing": ("label smoothing wins accuracy back", "cDPO, Mitchell 2023",
+                  ("a fifth flipped, smoothed", "a fifth flipped"), "accuracy, with --label-smoothing 0.2 or without; ECE with it",
+                  lambda r: r.beside(r.compare("a fifth flipped, smoothed", "a fifth flipped", "eval_accuracy"),
+                                     "a fifth flipped, smoothed", "eval_ece")),
     "best-of-n": ("the KL of best-of-n is at most log n - (n - 1) / n", "[2401.01879](https://arxiv.org/abs/2401.01879)", (),
                   "the exact KL as a share of the bound", lambda r: best_of_n_bound()),
 }
-
-
-def noises(self, more: str, less: str):
-    a, b = (self.values(name, "noise") for name in (more, less))
-    return (f"{a[0]:.1f}, {b[0]:.1f}", "held" if a[0] > b[0] else "not held") if a and b else None
-
-
-def calibration(self):
-    names = "a fifth flipped", "a fifth flipped, smoothed", "labels as they are"
-    ece, accuracy = ([self.values(name, f"eval_{k}") for name in names] for k in ("ece", "accuracy"))
-    if not all(ece):
-        return None
-    figure = "; ".join(f"{mean_sd(e, 3)} ({statistics.fmean(a):.3f})" for e, a in zip(ece, accuracy))
-    first, second, third = map(statistics.fmean, ece)
-    return figure, "held" if first > third and first > second else "not held"
-
-
-Results.noises, Results.calibration = noises, calibration
 
 
 def best_of_n_bound():
@@ -268,7 +293,7 @@ def measure(args: Args):
     before = {(row["run"], row["seed"]) for row in rows}
     wanted = list(dict.fromkeys(run for name in args.only or CLAIMS for run in CLAIMS[name][2]))
     with tempfile.TemporaryDirectory() as folder:
-        write_flipped(Path(folder, "flipped.jsonl"))
+        write_pairs(Path(folder))
         jobs = []
         for seed in range(max(args.seeds, GRADIENTS)):
             for name in wanted:
@@ -292,19 +317,20 @@ def measure(args: Args):
         write_jsonl(FILE, rows)
 
 
-def write_flipped(path: Path):
-    """The fair pairs with every fifth label turned around, but not the last 600, which are held out."""
-    import json
+def write_pairs(folder: Path):
+    """pairs.jsonl: 1,000 fair pairs, and the 600 that are held out; flipped.jsonl: every fifth of the 1,000 reversed."""
     lines = read_jsonl(ROOT / "tiny/preferences.jsonl")
-    for i, row in enumerate(lines[:-600]):
-        if i % 5 == 0:
-            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    rows, held = lines[:1000], lines[-600:]
+    flipped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} if i % 5 == 0 else row
+               for i, row in enumerate(rows)]
+    for name, some in (("pairs", rows), ("flipped", flipped)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some + held))
 
 
 def table(rows: list[dict]) -> str:
     """The rows of docs/claims.md, of those claims that were measured."""
-    results = Results(rows + [row | {"run": row["variant"]} for row in read_jsonl(VARIANTS)])
+    results = Results(rows + [row | {"run": row["variant"]} for row in read_jsonl(VARIANTS)
+                              if row["variant"] in ("maxrl", "binary")])
     lines = ["| claim | source | compared | figure | here |", "|---|---|---|---|---|"]
     for name, (claim, source, _, compared, of) in CLAIMS.items():
         if found := of(results):

@@ -3,7 +3,7 @@ credit, for one completion; and the correlation of each with the exact credit.
 
     python benchmarks/credit.py                 three seeds: 13 minutes on two cores
     python benchmarks/credit.py --draw          the picture again, from results/credit.jsonl
-    python benchmarks/credit.py --critics       does a better critic know tokens? half an hour on two cores
+    python benchmarks/credit.py --critics       does a better critic know tokens? an hour on two cores
 
 The exact credit of token t is V(tokens up to t) - V(tokens before t). V is the mean score of 128 completions that the
 policy samples from there (VinePPO, Kazemnejad et al. 2024, arXiv:2410.01679, eq. 5 and 6); after the last token it is
@@ -11,9 +11,9 @@ the score. Policy and critic are from `ppo.py --steps 20`. The advantages are th
 and for REINFORCE the score minus the mean of the group's others.
 Writes results/credit.jsonl and docs/credit.png. pip install '.[plot]'
 
---critics: critics of a policy that stays as it is (`ppo.py --critic-warmup` with as many steps), after 20 to 160 steps
-of 256 completions, with --critic-gae-lambda 0.95 and 1 and with two learning rates. Writes results/critics.jsonl and the table in
-docs/credit.md.
+--critics: the policies of `ppo.py --steps 20` stay as they are, and new critics of them are trained (`--critic-warmup`
+with as many steps): 20 to 160 steps of 256 completions, --critic-gae-lambda 0.95 and 1, two learning rates. Writes
+results/critics.jsonl and the table in docs/credit.md.
 """
 import json
 import statistics
@@ -217,27 +217,30 @@ CRITIC_STEPS = 20, 40, 80, 160
 
 def compare_critics(args: Args):
     """results/critics.jsonl: what critics of the same policy know of its completions, by steps of training."""
-    rows = []
+    rows, kinds = [], [(name, steps) for name in CRITICS for steps in CRITIC_STEPS]
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [("ppo", {"seed": seed, "steps": CRITIC_STEPS[-1], "critic_warmup": CRITIC_STEPS[-1], "save_every": 20,
-                         "lr_schedule": "constant_with_warmup", "keep_checkpoints": 99, "eval_prompts": 0,
-                         "run_dir": f"{folder}/{name}-{seed}", **flags})
-                for seed in range(args.seeds) for name, flags in CRITICS.items()]
-        for _ in run_all(jobs):
-            pass
+        policies = [("ppo", {"seed": seed, "steps": args.steps, "eval_prompts": 0, "save_every": 0,
+                             "run_dir": f"{folder}/{seed}"}) for seed in range(args.seeds)]
+        critics = [("ppo", {"seed": seed, "model": f"{folder}/{seed}/checkpoint-{args.steps}", "steps": CRITIC_STEPS[-1],
+                            "critic_warmup": CRITIC_STEPS[-1], "save_every": CRITIC_STEPS[0], "keep_checkpoints": 99,
+                            "lr_schedule": "constant_with_warmup", "eval_prompts": 0,
+                            "run_dir": f"{folder}/{name}-{seed}", **flags})
+                   for seed in range(args.seeds) for name, flags in CRITICS.items()]
+        for jobs in policies, critics:
+            for _ in run_all(jobs):
+                pass
         for seed in range(args.seeds):
-            kinds = [(name, steps) for name in CRITICS for steps in CRITIC_STEPS]
             found = credits_of(f"{folder}/{next(iter(CRITICS))}-{seed}", seed, tuple(
                 Path(folder, f"{name}-{seed}", f"checkpoint-{steps}") for name, steps in kinds))
             for i, (name, steps) in enumerate(kinds):
                 own = [row | {"value": row["values"][i]} for row in found]
                 rows.append({"critic": name, "steps": steps, "seed": seed, **knowledge(own), **commit()})
-    write_jsonl(RESULTS / "critics.jsonl", rows)
+            write_jsonl(RESULTS / "critics.jsonl", rows)
 
 
 def knowledge(rows: list[dict]) -> dict:
     """How a critic's values go with the exact ones: explained variance, correlation over all tokens, over the first
-    tokens (prompts), and within completions; and the correlation of its advantages with the exact credit."""
+    tokens, before which there is the prompt alone, and within completions; and the correlation of its advantages with the exact credit."""
     def correlation(pairs):
         x = torch.tensor(pairs, dtype=torch.float64).T
         return torch.corrcoef(x)[0, 1].nan_to_num(0).item()
@@ -255,7 +258,7 @@ def knowledge(rows: list[dict]) -> dict:
 def critics_table(rows: list[dict]) -> str:
     """As docs/credit.md has it: means over the seeds (lowest to highest)."""
     columns = {"explained": "explained variance of the exact values", "all": "correlation, all tokens",
-               "first": "first tokens", "within": "within an answer", "credit": "its credit, lambda 0, with the exact one"}
+               "first": "the 10 prompts", "within": "within an answer", "credit": "its credit, lambda 0, with the exact one"}
     lines = ["| critic | steps | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 2) + "|"]
     for name in CRITICS:
         for steps in CRITIC_STEPS:

@@ -165,8 +165,18 @@ def test_every_claim_names_runs_and_they_have_real_flags():
     assert [compare("c", "a", "x")[1], compare("a", "c", "x")[1], compare("a", "b", "x")[1]] == [
         "held", "not held", "not seen"]
     assert compare("a", "b", "x", same=True)[1] == "held" and compare("a", "c", "x", same=True)[1] == "not held"
+    assert compare("c", "a", "x", same=True)[1] == "held"  # better is as well
     assert compare("a", "none", "x") is None
     assert claims.best_of_n_bound()[1] == "held"
+
+
+def test_the_content_of_an_answer_is_judged_whatever_its_length():
+    claims, row = load("benchmarks/claims.py"), json.loads(Path("tiny/heldout.jsonl").read_text().splitlines()[0])
+    world = load("tiny/world.py")
+    best, columns = world.best_answer(row), {k: [v] * 3 for k, v in row.items() if k != "prompt"}
+    texts = [best, f"{best} {' '.join(world.CLOSERS)}", "yes ."]
+    assert claims.content([row["prompt"]] * 3, texts, **columns) == [1.0, 1.0, 0.0]
+    assert world.gold(row, texts[1]) < 0.9
 
 
 def test_the_planted_bugs_do_what_their_names_say():
