@@ -4,6 +4,7 @@ gradients and the end of training are exact.
 
 Shapes: Y completions, T tokens of a completion.
 """
+from functools import cache
 from itertools import product
 
 import torch
@@ -75,10 +76,15 @@ def exact_gradient(world: World, table):
     return torch.autograd.grad(world.objective(table), table)[0]
 
 
+@cache
+def numbers_of_groups(count: int, size: int):
+    """(count ** size, size): the numbers of the completions in every group."""
+    return torch.cartesian_prod(*[torch.arange(count)] * size).view(-1, size)
+
+
 def groups(values, size: int = 2):
     """(Y, ...) -> (Y ** size, size, ...): every group of completions."""
-    numbers = torch.cartesian_prod(*[torch.arange(len(values))] * size)
-    return values[numbers.view(-1, size)]
+    return values[numbers_of_groups(len(values), size)]
 
 
 def flat_groups(values, size: int = 2):

@@ -2,6 +2,7 @@
 import ast
 import importlib.util
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -61,3 +62,17 @@ def user_error(function, *arguments, **flags) -> str:
     line = str(error.value)
     assert line and "\n" not in line
     return line
+
+
+def fails_as_command(monkeypatch, capsys, path: str, *argv) -> str:
+    """The one line on stderr of a tool that ends with exit code 2, run as its command line runs it."""
+    monkeypatch.setattr(sys, "argv", [path, *map(str, argv)])
+    monkeypatch.setattr(sys, "path", [str((ROOT / path).parent), *sys.path])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # cli puts others in their place
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    out, error = capsys.readouterr()
+    assert (stop.value.code, out, error.count("\n")) == (2, "", 1)
+    return error

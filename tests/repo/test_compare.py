@@ -19,7 +19,7 @@ import modeling
 import evaluation
 import reward_model
 import world
-from helpers.repo import ROOT, load, user_error
+from helpers.repo import ROOT, fails_as_command, load, user_error
 
 compare = load("tools/compare.py")
 
@@ -304,8 +304,6 @@ def test_wilson_interval():
     assert evaluation.wilson_interval(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
-def test_an_error_is_one_line_on_the_command_line(tmp_path):
-    done = subprocess.run([sys.executable, "tools/compare.py", "--out", tmp_path / "pairs.txt"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: --out {tmp_path}/pairs.txt: must end with .jsonl\n"
+def test_an_error_is_one_line_on_the_command_line(tmp_path, monkeypatch, capsys):
+    error = fails_as_command(monkeypatch, capsys, "tools/compare.py", "--out", tmp_path / "pairs.txt")
+    assert error == f"error: --out {tmp_path}/pairs.txt: must end with .jsonl\n"

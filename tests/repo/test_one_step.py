@@ -2,7 +2,6 @@
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import transformers
 import grpo
 import ppo
 import reinforce
-from helpers.repo import ROOT, load, read, user_error
+from helpers.repo import fails_as_command, load, read, user_error
 
 tool = load("tools/one_step.py")
 credit = tool.credit  # what the tool itself uses
@@ -301,7 +300,7 @@ def test_credit_lines_wrap_and_align():
     assert sum(line.count("-1.00") for line in found) == 5
 
 
-def test_mistakes_are_one_line(runs, tmp_path):
+def test_mistakes_are_one_line(runs, tmp_path, monkeypatch, capsys):
     def error(**flags):
         return user_error(lambda: tool.main(tool.Args(device="cpu", **flags)))
     assert "args.json cannot be read" in error(run=str(tmp_path / "none"))
@@ -312,5 +311,4 @@ def test_mistakes_are_one_line(runs, tmp_path):
     shutil.copytree(runs / "ppo", tmp_path / "run", ignore=shutil.ignore_patterns("resume"))
     assert error(run=str(tmp_path / "run")) == (f"{tmp_path}/run/checkpoint-1: was saved with --no-resumable, so it "
                                                 "holds the policy alone: no critic, and no state of the run")
-    done = subprocess.run([sys.executable, "tools/one_step.py", "nowhere"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: nowhere: ") and done.stderr.count("\n") == 1
+    assert fails_as_command(monkeypatch, capsys, "tools/one_step.py", "nowhere").startswith("error: nowhere: ")

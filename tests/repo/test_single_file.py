@@ -16,7 +16,6 @@ from helpers.repo import ROOT, SCRIPTS, load, read
 
 tool = load("tools/single_file.py")
 NAMES = [name.removesuffix(".py") for name in SCRIPTS]
-FLAGS = {"grpo": dict(steps=3), "dpo": {}}  # of short runs: 3 steps, and 2
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -130,12 +129,12 @@ def test_help_is_the_scripts(name, tmp_path, monkeypatch, capsys):
     assert len(shown[0]) > 3000 and shown[0] == shown[1]
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_alone_in_a_folder_it_trains_as_the_script_does(name, tmp_path, monkeypatch):
+def test_alone_in_a_folder_it_trains_as_the_script_does(tmp_path, monkeypatch):
+    name = "grpo"
     (tmp_path / "theirs").mkdir()
     theirs = tmp_path / "theirs/run"
-    flags = runs.small_flags(name, theirs, **FLAGS[name])
-    log = runs.run(name, theirs, **FLAGS[name])
+    flags = runs.small_flags(name, theirs)
+    log = runs.run(name, theirs)
     alone = tmp_path / "alone"
     alone.mkdir()
     tool.write(name, str(alone / f"{name}_single.py"))
@@ -408,9 +407,12 @@ def test_stopped_by_hand(monkeypatch):
     assert end.value.code == 130
 
 
-def test_mistakes_are_one_line(tmp_path):
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    whole = tool.single_file("grpo")
+    monkeypatch.setattr(tool, "single_file", lambda *_: whole)  # once
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("# mine\n")
-    assert command("grpo", "--out", "edited.py", cwd=tmp_path).returncode == 0
+    tool.write("grpo", "edited.py")
     (tmp_path / "edited.py").write_text(read(tmp_path / "edited.py") + "# edited\n")
     for argv, error in [(["nothing"], "nothing: no such script: name one of dpo, grpo, ppo, reinforce, reward_model"),
                         (["common"], "common: no such script"),
@@ -420,6 +422,9 @@ def test_mistakes_are_one_line(tmp_path):
                         (["grpo", "--out", "."], ".: was not written by this tool"),
                         (["grpo", "--out", "/"], "/: was not written by this tool"),
                         (["grpo", "--out", "/dev/stdout"], "/dev/stdout: was not written by this tool")]:
-        done = command(*argv, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {error}") and done.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", ["single_file.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            tool.main()
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.startswith(f"error: {error}") and line.count("\n") == 1
     assert read(tmp_path / "mine.py") == "# mine\n" and read(tmp_path / "edited.py").endswith("# edited\n")

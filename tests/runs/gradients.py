@@ -21,12 +21,12 @@ import reward_model
 import runtime
 
 SCRIPTS = {"grpo": grpo, "ppo": ppo, "reinforce": reinforce, "dpo": dpo, "reward_model": reward_model}
-ALL = dict(device="cpu", max_grad_norm=1e9, save_every=0)
-ON_POLICY = ALL | dict(steps=1, prompts_per_step=4, group_size=4, max_new_tokens=16, eval_prompts=3,
+ALL = dict(device="cpu", max_grad_norm=1e9, save_every=0, resumable=False)
+ON_POLICY = ALL | dict(steps=1, prompts_per_step=4, group_size=4, max_new_tokens=16, eval_prompts=0,
                        micro_batch_tokens=96, gold="tiny/world.py:gold_reward")
 PAIRS = ALL | dict(pairs_per_step=8, eval_pairs=5, micro_batch_tokens=192, warmup=0)
 CASES = {
-    "grpo": ON_POLICY | dict(loss_type="dapo", scale_rewards="batch", kl_in_reward=True),
+    "grpo": ON_POLICY | dict(loss_type="dapo", scale_rewards="batch", kl_in_reward=True, eval_prompts=3),
     "grpo-bfloat16": ON_POLICY | dict(dtype="bfloat16", beta=0.0),
     "grpo-lora": ON_POLICY | dict(lora_rank=4, gradient_checkpointing=True),
     "grpo-checkpointing": ON_POLICY | dict(gradient_checkpointing=True),

@@ -3,7 +3,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import modeling
-from helpers.runs import (ENV, ROOT, SCRIPTS, TORCHRUN, checkpoints, command, evaluations_of, process, read, steps_of,
-                          tensors)
+import runtime
+from helpers.repo import load
+from helpers.runs import (ENV, ON_POLICY, ROOT, SCRIPTS, TORCHRUN, checkpoints, command, evaluations_of, process, read,
+                          steps_of, tensors)
 
 CASES = [*SCRIPTS, "grpo-checkpointing", "grpo-bfloat16"]
 SMALL = ("--prompts-per-step 6 --group-size 4 --max-new-tokens 12 --generate-batch-size 8 --eval-every 2 "
@@ -21,10 +22,15 @@ SMALL = ("--prompts-per-step 6 --group-size 4 --max-new-tokens 12 --generate-bat
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory) -> list[Path]:
-    """The folders of gradients.py, run by one process and by two."""
+    """The folders of gradients.py, run by one process (this one) and by two."""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
-    for folder, launch in zip(folders, ([sys.executable], TORCHRUN)):
-        process(*launch, "tests/runs/gradients.py", folder, *CASES)
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, function in [*((SCRIPTS[name], "generate") for name in ON_POLICY), (runtime.Run, "clip_grad_norm")]:
+            patch.setattr(owner, function, getattr(owner, function))  # gradients.py replaces them
+        patch.chdir(ROOT)
+        load("tests/runs/gradients.py").main(folders[0], CASES)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    process(*TORCHRUN, "tests/runs/gradients.py", folders[1], *CASES)
     return folders
 
 
@@ -62,26 +68,33 @@ def start(*argv, cwd=ROOT) -> subprocess.Popen:
 
 
 def test_one_run_folder_that_other_numbers_of_processes_resume(tmp_path, monkeypatch):
-    """Two processes, one of them two seconds late, without --run-dir; then one process; then two, of which one gets
-    Ctrl-C: both stop after the same step."""
+    """Two processes, one of them two seconds late, without --run-dir, until Ctrl-C in a terminal, which is sent to
+    torchrun and to both; then one process; then two, of which one gets Ctrl-C: both stop after the same step."""
     (tmp_path / "late.py").write_text(LATE.format(root=str(ROOT)))
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     monkeypatch.chdir(tmp_path)
-    process(*TORCHRUN, "late.py", *SMALL, "--steps", "2", cwd=tmp_path)
+    running = start(*TORCHRUN, "late.py", *SMALL, "--steps", "1000", cwd=tmp_path)
+    next(line for line in running.stdout if line.startswith("step    2  reward"))
+    os.killpg(running.pid, signal.SIGINT)
+    out, error = running.communicate(timeout=100)
     (folder,) = (tmp_path / "runs").iterdir()
+    log = read(folder / "metrics.jsonl")
+    n = log[-1]["step"]
+    assert f"stopped after step {n}; to continue: --resume" in out and n < 1000, error[-2000:]
     assert {path.name for path in folder.iterdir()} == {
-        "args.json", "metrics.jsonl", "samples.jsonl", "baseline.jsonl", "lock", "checkpoint-2"}
+        "args.json", "metrics.jsonl", "samples.jsonl", "baseline.jsonl", "lock", f"checkpoint-{n}"}
     assert json.loads((folder / "args.json").read_text())["ran_with"]["processes"] == 2
-    assert len(read(folder / "samples.jsonl")) == 2 * 5 and len(read(folder / "baseline.jsonl")) == 5
-    model, before = modeling.load_causal_lm(str(folder / "checkpoint-2"), "cpu"), tensors("tiny/policy")
+    assert len(read(folder / "samples.jsonl")) == len(evaluations_of(log)) * 5
+    assert len(read(folder / "baseline.jsonl")) == 5
+    model, before = modeling.load_causal_lm(str(folder / f"checkpoint-{n}"), "cpu"), tensors("tiny/policy")
     moved = [not torch.equal(weight, before[name]) for name, weight in model.state_dict().items() if name in before]
     assert all(moved) and len(moved) == len(before)
 
-    command("grpo", resume=folder, steps=3)
-    assert [row["step"] for row in steps_of(read(folder / "metrics.jsonl"))] == [1, 2, 3]
+    command("grpo", resume=folder, steps=n + 1)
+    assert [row["step"] for row in steps_of(read(folder / "metrics.jsonl"))] == [*range(1, n + 2)]
 
     running = start(*TORCHRUN, ROOT / "grpo.py", "--resume", folder, "--steps", "1000", cwd=tmp_path)
-    shown = [next(line for line in running.stdout if line.startswith("step    4  reward"))]
+    shown = [next(line for line in running.stdout if line.startswith(f"step {n + 2:4}  reward"))]
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGINT)
     out, error = running.communicate(timeout=100)
@@ -89,17 +102,6 @@ def test_one_run_folder_that_other_numbers_of_processes_resume(tmp_path, monkeyp
     last = log[-1]["step"]
     assert running.returncode == 0 and f"stopped after step {last}; to continue: --resume" in out, error[-2000:]
     assert [row["step"] for row in steps_of(log)] == [*range(1, last + 1)] and last < 1000
-    assert [row["step"] for row in evaluations_of(log)] == [0, 2, 3, *range(4, last, 2), last]
-    assert sum("  reward " in line for line in shown) == last - 3  # one process prints
+    assert [row["step"] for row in evaluations_of(log)] == sorted({0, *range(2, last, 2), n, n + 1, last})
+    assert sum("  reward " in line for line in shown) == last - (n + 1)  # one process prints
     assert list((tmp_path / "runs").iterdir()) == [folder] and checkpoints(folder) == [f"checkpoint-{last}"]
-
-
-def test_ctrl_c_in_a_terminal_stops_all_processes_after_the_same_step(tmp_path):
-    """It is sent to torchrun and to its processes."""
-    folder = tmp_path / "run"
-    running = start(*TORCHRUN, "reinforce.py", *SMALL, "--steps", "1000", "--run-dir", folder)
-    next(line for line in running.stdout if line.startswith("step    1"))
-    os.killpg(running.pid, signal.SIGINT)
-    out, error = running.communicate(timeout=100)
-    assert "stopped after step" in out, error[-2000:]
-    assert len(list(folder.glob("checkpoint-*/resume/state.json"))) == 1

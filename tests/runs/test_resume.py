@@ -53,7 +53,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(name, tmp_path, ctrl_c_in_step_3
     assert f"stopped after step 3; to continue: --resume {folder}\n" in capsys.readouterr().out
     assert checkpoints(folder) == ["checkpoint-3"]  # --keep-checkpoints 1
     ctrl_c_in_step_3()
-    run(name, whole, **LONGER[name])
+    run(name, whole, **LONGER[name] | dict(save_every=0))
 
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 4, "loss": 1.0}) + '\n{"step": 5, "lo')
@@ -151,9 +151,7 @@ def test_ctrl_c_finishes_the_step_and_a_second_one_stops_at_once(tmp_path):
                         reward=f"{tmp_path}/slow.py:slow")
     argv = [sys.executable, "grpo.py", *(str(x) for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", v))]
 
-    def started(*argv):
-        return subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = started(*argv)
+    first = subprocess.Popen(argv, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     next(line for line in first.stdout if line.startswith("slow"))
     first.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -163,14 +161,8 @@ def test_ctrl_c_finishes_the_step_and_a_second_one_stops_at_once(tmp_path):
     assert first.returncode == 130 and "stopped by Ctrl-C" in error and "Traceback" not in error
     assert checkpoints(folder) == ["checkpoint-2"] and read(folder / "metrics.jsonl")[-1]["step"] == 2
 
-    second = started(*argv[:2], "--resume", str(folder), "--reward", "tiny/reward_model")
-    next(line for line in second.stdout if line.startswith("step"))
-    second.send_signal(signal.SIGINT)
-    out, error = second.communicate(timeout=60)
-    last = read(folder / "metrics.jsonl")[-1]["step"]
-    assert second.returncode == 0 and 2 < last < 50 and "Traceback" not in error
-    assert f"stopped after step {last}; to continue: --resume {folder}" in out
-    assert checkpoints(folder) == [f"checkpoint-{last}"]
+    command("grpo", resume=folder, reward="tiny/reward_model", steps=3)
+    assert checkpoints(folder) == ["checkpoint-3"]  # one Ctrl-C alone: test_processes.py
 
 
 def test_two_processes_never_write_to_one_run(tmp_path, capsys):
@@ -186,8 +178,7 @@ def test_two_processes_never_write_to_one_run(tmp_path, capsys):
 
 # --- disks
 
-@pytest.mark.parametrize("name", ["grpo", "reward_model"])
-def test_a_checkpoint_has_its_name_only_when_it_is_complete(name, tmp_path, monkeypatch):
+def test_a_checkpoint_has_its_name_only_when_it_is_complete(tmp_path, monkeypatch):
     """A kill during a save then leaves the one before it, and nothing that could be taken for another."""
     seen = []
 
@@ -202,14 +193,12 @@ def test_a_checkpoint_has_its_name_only_when_it_is_complete(name, tmp_path, monk
         monkeypatch.setattr(owner, function, call)
     watch(torch.distributed.checkpoint, "save")  # the first part of a checkpoint
     watch(type(common.load_tokenizer("tiny/policy")), "save_pretrained")  # one of the last
-    changes = dict(steps=5) if name == "grpo" else dict(pairs_per_step=3)
-    run(name, tmp_path / "run", save_every=2, eval_every=0, **changes)
+    run("grpo", tmp_path / "run", steps=5, save_every=2, eval_prompts=0)
     last = [["checkpoint-4"]] * 2
     assert seen == [[], [], ["checkpoint-2"], ["checkpoint-2"], *last]  # saves of steps 2, 4, and the last
 
 
-@pytest.mark.parametrize("name", ["grpo", "reward_model"])
-def test_a_save_that_fails_leaves_the_checkpoint_before_it(name, tmp_path, monkeypatch, capsys):
+def test_a_save_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, capsys):
     save = torch.distributed.checkpoint.save
 
     def full(tensors, checkpoint_id, **options):
@@ -218,13 +207,12 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_it(name, tmp_path, monke
             raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch.distributed.checkpoint, "save", full)
     folder = tmp_path / "run"
-    flags = small_flags(name, folder, **LONGER[name])
-    error = fails(capsys, name, **flags)
+    error = fails(capsys, "grpo", **small_flags("grpo", folder, **LONGER["grpo"] | dict(eval_prompts=0)))
     assert error.startswith(f"{folder}/checkpoint-4: not written: [Errno 28] No space left")
     assert checkpoints(folder) == ["checkpoint-2"]
     monkeypatch.setattr(torch.distributed.checkpoint, "save", save)
-    command(name, resume=folder)
-    assert checkpoints(folder) == [f"checkpoint-{5 if name == 'grpo' else 6}"]
+    command("grpo", resume=folder)
+    assert checkpoints(folder) == ["checkpoint-5"]
 
 
 def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch, capsys):
@@ -249,7 +237,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(name, tmp_path, m
         calls.append(args)
         return clip(*args) * (float("nan") if len(calls) > 2 * NORMS.get(name, 1) else 1)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoil)
-    error = fails(capsys, name, **small_flags(name, tmp_path / "run", **LONGER[name] | dict(eval_every=0)))
+    error = fails(capsys, name, **small_flags(name, tmp_path / "run", **LONGER[name] | dict(eval_every=0), **(
+        {} if name == "reward_model" else dict(eval_prompts=0))))
     assert error.startswith("step 3: the gradient is not finite") and "outputs: none. Lower --lr" in error
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
     assert max(row["step"] for row in read(tmp_path / "run/metrics.jsonl")) == 2
@@ -332,7 +321,7 @@ def test_a_resumed_run_says_that_its_prompts_have_changed(tmp_path, capsys):
     """Other rows in a file as long as before, or a template that writes today's date."""
     rows = [{"prompt": f"what is {word} ?"} for word in "a cat dog sun moon tea france paris".split()]
     data = write(tmp_path / "rows.jsonl", *rows)
-    run("grpo", tmp_path / "run", data=data, gold="")
+    run("grpo", tmp_path / "run", data=data, gold="", eval_prompts=0)
     for n, (changed, warns) in enumerate([(rows, False), (rows[:1] * 2 + rows[2:], True)], 3):
         write(tmp_path / "rows.jsonl", *changed)
         capsys.readouterr()

@@ -1,7 +1,6 @@
 """Runs of the unlucky, the careless and the hostile: nothing is lost, trained wrongly, or run that was not asked for."""
 import copy
 import dataclasses
-import fcntl
 import functools
 import gc
 import io
@@ -12,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ import grpo
 import runtime
 from checkpoints import MetadataOnly, checksums
 from flags import RunArgs, Shown, json_lines
-from helpers.runs import ENV, ROOT, checkpoints, command, fails, process, read, run, small_flags, steps_of
+from helpers.runs import ROOT, checkpoints, command, fails, process, read, run, small_flags, steps_of
 
 ONE = dict(steps=1, eval_prompts=0, gold="")
 
@@ -79,13 +79,12 @@ def test_from_python_a_run_is_returned_and_resumed_with_its_flags(tmp_path):
     assert again == folder and metrics["step"] == 3
 
 
-@pytest.mark.parametrize("name", ["ppo", "reward_model"])
-def test_a_checkpoint_may_leave_out_what_resume_needs(name, tmp_path, capsys):
+def test_a_checkpoint_may_leave_out_what_resume_needs(tmp_path, capsys):
     """A quarter of the bytes or less; the model is the same, and --resume says why it cannot."""
     sizes = []
     for resumable in (True, False):
         folder = tmp_path / f"run-{resumable}"
-        run(name, folder, resumable=resumable)
+        run("ppo", folder, resumable=resumable, **ONE)
         files = list((folder / checkpoints(folder)[-1]).rglob("*"))
         sizes.append(sum(path.stat().st_size for path in files))
         assert any(path.name == "resume" for path in files) == resumable
@@ -94,7 +93,7 @@ def test_a_checkpoint_may_leave_out_what_resume_needs(name, tmp_path, capsys):
     weights = [(folder / checkpoints(folder)[-1] / "model.safetensors").read_bytes() for folder in both]
     assert weights[0] == weights[1]
     capsys.readouterr()
-    error = fails(capsys, name, resume=both[1])
+    error = fails(capsys, "ppo", resume=both[1])
     assert error == f"--resume {both[1]}: {both[1] / checkpoints(both[1])[-1]} was saved with --no-resumable"
 
 
@@ -281,7 +280,8 @@ def test_a_run_that_is_freed_late_takes_nothing_from_the_next(tmp_path):
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_terminal_that_has_gone_away_ends_no_run(tmp_path):
+def test_a_terminal_that_has_gone_away_ends_no_run():
+    """Nor does one that was never there: test_scripts.test_a_copied_file_runs_in_an_empty_folder."""
     class Gone(io.StringIO):
         def reconfigure(self, **_):
             pass
@@ -292,9 +292,6 @@ def test_a_terminal_that_has_gone_away_ends_no_run(tmp_path):
     shown = Shown(Gone())
     for _ in range(2):
         print("a line", file=shown, flush=True)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in small_flags("grpo", tmp_path / "run", **ONE).items()]
-    process("bash", "-c", f"exec {sys.executable} grpo.py {' '.join(flags)} >&-")
-    assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
 
 
 def test_a_coroutine_keeps_no_stopped_run_alive():
@@ -332,22 +329,26 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(damaged, capsys, monk
 
 
 def test_a_lock_is_not_inherited(tmp_path):
-    """By workers that a reward function starts: they outlive a run that is killed."""
-    reward = reward_file(tmp_path, """
-import os, signal, time
-def reward(completions, **columns):
-    if os.fork() == 0:
+    """By workers that a reward function starts: they may outlive their run."""
+    before = signal.getsignal(signal.SIGINT)
+    args = grpo.Args(**small_flags("grpo", tmp_path / "run"))
+    first = runtime.Run(args, "grpo.py")
+    first.resume(None)
+    if (worker := os.fork()) == 0:
         time.sleep(60)
         os._exit(0)
-    os.kill(os.getpid(), signal.SIGKILL)
-""")
-    flags = small_flags("grpo", tmp_path / "run", reward=reward, **ONE)
-    argv = [str(x) for name, value in flags.items() for x in (f"--{name.replace('_', '-')}", value)]
-    killed = subprocess.run([sys.executable, "grpo.py", *argv], env=ENV, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.DEVNULL)
-    assert killed.returncode == -signal.SIGKILL
-    with open(tmp_path / "run/lock", "a") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        del first
+        gc.collect()
+        second = runtime.Run(args, "grpo.py")
+        second.resume(None)  # it is not refused
+        assert os.waitpid(worker, os.WNOHANG) == (0, 0)  # the worker is still there
+        del second
+        gc.collect()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_that_made_no_step_does_not_block_its_name(tmp_path, capsys):

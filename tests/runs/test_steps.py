@@ -1,4 +1,6 @@
 """Inside the steps of a run: what reaches the losses, seen by spies on the scripts' own functions."""
+import functools
+
 import pytest
 import torch
 
@@ -8,7 +10,10 @@ import grpo
 import ppo
 import reinforce
 import runtime
-from helpers.runs import (GOLD, ON_POLICY, SCRIPTS, last_checkpoint, run, same_tensors, steps_of, weights, write)
+from helpers import runs
+from helpers.runs import GOLD, ON_POLICY, SCRIPTS, last_checkpoint, same_tensors, steps_of, weights, write
+
+run = functools.partial(runs.run, resumable=False)  # quicker
 
 HALF = "def f(completions, **columns):\n    return [None if i % 2 else i + 0.5 for i in range(len(completions))]\n"
 WHOLE = dict(micro_batch_tokens=8192, eval_prompts=0, steps=1)  # one micro-batch, unless lengths differ a lot
