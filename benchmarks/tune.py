@@ -7,10 +7,9 @@ held out.
 
 The third set: of the questions in tiny/prompts.jsonl, every eighth (family, subject) is taken out of training, and 300
 of its prompts are what a trial is judged by. DPO's pairs with the same last message are taken out as well. A trial
-is one value of one flag, all else being the default, at a quarter, half, twice and four times the default: --lr, --beta,
-and one flag of the algorithm. Gold: the true reward of 4 completions of each of the 300 prompts, at best 1; two seeds.
-Flat: by how much the neighbors, at half and twice a value, are worse. Writes results/tune.jsonl and the tables in
-docs/algorithms.md.
+changes one flag from where the search starts: --lr or --beta, a quarter, half, twice or four times as large, or one flag
+of the algorithm. Gold: the true reward of 4 completions of each of the 300 prompts, at best 1; two seeds. Flat: by how
+much half and twice a value are worse. Writes results/tune.jsonl and the tables in docs/algorithms.md.
 """
 import json
 import statistics
@@ -23,9 +22,9 @@ import tyro
 from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE, PROMPTS = RESULTS / "tune.jsonl", 300
-DEFAULTS = {"grpo": {"lr": 4e-4, "beta": 0.04}, "ppo": {"lr": 3e-4, "beta": 0.04},
-            "reinforce": {"lr": 4e-4, "beta": 0.04}, "dpo": {"lr": 3e-4, "beta": 0.1}}
-OWN = {  # flag: two trials beside the default
+START = {"grpo": {"lr": 4e-4, "beta": 0.04}, "ppo": {"lr": 3e-4, "beta": 0.04},
+         "reinforce": {"lr": 4e-4, "beta": 0.04}, "dpo": {"lr": 3e-4, "beta": 0.1}}
+OWN = {  # two trials of a flag of the algorithm
     "grpo": [{"prompts_per_step": 64, "group_size": 4}, {"prompts_per_step": 4, "group_size": 64}],
     "ppo": [{"critic_lr": 5e-4}, {"critic_lr": 2e-3}],
     "reinforce": [{"baseline": "mean"}, {"baseline": "moving"}],
@@ -36,15 +35,15 @@ OWN = {  # flag: two trials beside the default
 class Args:
     table: bool = False
     """only the table, from results/tune.jsonl"""
-    scripts: tuple[str, ...] = tuple(DEFAULTS)
+    scripts: tuple[str, ...] = tuple(START)
     seeds: int = 2
     workers: int = 2
 
 
 def trials(script: str) -> list[dict]:
-    """The default, and one flag changed: {flag: value}."""
+    """The start, and one flag changed: {flag: value}."""
     found = [{}]
-    for flag, value in DEFAULTS[script].items():
+    for flag, value in START[script].items():
         found += [{flag: float(f"{value * factor:.6g}")} for factor in (0.25, 0.5, 2, 4)]
     return found + OWN[script]
 
@@ -63,7 +62,7 @@ def third_set(folder: Path):
 
 
 def measure(args: Args):
-    check_names("--scripts", args.scripts, DEFAULTS)
+    check_names("--scripts", args.scripts, START)
     rows = read_jsonl(FILE) if FILE.exists() else []
     before = {(row["script"], json.dumps(row["flags"]), row["seed"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +77,7 @@ def measure(args: Args):
                             script == "dpo") else {"data": f"{folder}/train.jsonl", "eval_data": f"{folder}/tune.jsonl"}
                         run_dir = f"{folder}/{script}-{i}-{seed}"
                         trial_of[run_dir] = flags
-                        jobs.append((script, gold | data | flags | {"seed": seed, "run_dir": run_dir}))
+                        jobs.append((script, gold | data | START[script] | flags | {"seed": seed, "run_dir": run_dir}))
         for (script, flags), _, _ in run_all(jobs, args.workers):
             last = read_jsonl(Path(flags["run_dir"]) / "metrics.jsonl")[-1]
             rows.append({"script": script, "flags": trial_of[flags["run_dir"]], "seed": flags["seed"],
@@ -89,7 +88,7 @@ def measure(args: Args):
 def table(rows: list[dict]) -> str:
     """As docs/algorithms.md has it: for each script its trials, best first, and how flat the neighborhood is."""
     lines = []
-    for script in DEFAULTS:
+    for script in START:
         found = {}
         for row in rows:
             if row["script"] == script:
@@ -100,16 +99,17 @@ def table(rows: list[dict]) -> str:
         lines += [""] * bool(lines) + [f"| `{script}.py` | gold (each seed) | KL |", "|---|---|---|"]
         for flags in sorted(gold, key=gold.get, reverse=True):
             name = ", ".join(f"--{k.replace('_', '-')} {v:g}" if isinstance(v, float) else f"--{k.replace('_', '-')} {v}"
-                             for k, v in json.loads(flags).items()) or "the defaults"
+                             for k, v in (json.loads(flags) or START[script]).items())
+            name = name if flags != "{}" else f"start: {name}"
             each = ", ".join(f"{row['gold']:.3f}" for row in found[flags])
             lines.append(f"| {name} | {gold[flags]:.3f} ({each}) | {statistics.fmean(r['kl'] for r in found[flags]):.2f} |")
-        default, best, flat = gold.get("{}"), max(gold.values()), []
-        for flag, value in DEFAULTS[script].items():
+        start, best, flat = gold.get("{}"), max(gold.values()), []
+        for flag, value in START[script].items():
             near = [gold.get(json.dumps({flag: float(f"{value * factor:.6g}")})) for factor in (0.5, 2)]
-            if default is not None and None not in near:
-                flat.append(f"`--{flag}` half {near[0] - default:+.3f}, twice {near[1] - default:+.3f}")
+            if start is not None and None not in near:
+                flat.append(f"`--{flag}` half {near[0] - start:+.3f}, twice {near[1] - start:+.3f}")
         if flat:
-            lines += ["", f"`{script}.py`, against the defaults: {'; '.join(flat)}; the best trial {best - default:+.3f}."]
+            lines += ["", f"`{script}.py`, against the start: {'; '.join(flat)}; the best trial {best - start:+.3f}."]
     return "\n".join(lines)
 
 
