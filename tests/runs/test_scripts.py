@@ -423,7 +423,7 @@ def test_max_kl_ends_the_run_and_measures_the_kl_at_beta_0(name, tmp_path, capsy
     assert f"stopped by --max-kl: the KL of step {len(steps)} is" in out.out + out.err
     assert len(checkpoints(tmp_path / "run")) == 1
     # at beta 0 the reference changes nothing that is learned
-    free = steps_of(run(name, tmp_path / "free", **changes | dict(steps=len(steps), eval_prompts=0)))
+    free = steps_of(run(name, tmp_path / "free", **changes | dict(steps=len(steps))))
     assert "kl" not in free[1] and [row["loss"] for row in free] == [row["loss"] for row in steps]
 
 
