@@ -219,6 +219,10 @@ def test_a_table_in_the_docs_is_that_of_the_results(page, name):
     assert many.in_page(page, name) == bench.table(bench.read_jsonl(bench.FILE))
 
 
+def test_what_critics_know_in_the_docs_is_that_of_the_results():
+    assert many.in_page("credit.md", "critics") == credit.critics_table(many.read_jsonl(many.RESULTS / "critics.jsonl"))
+
+
 def test_default_runs_in_the_docs_and_in_the_readme_are_those_of_the_results():
     algorithms = load("benchmarks/algorithms.py")
     rows = algorithms.read_jsonl(algorithms.FILE)
