@@ -3,7 +3,7 @@ credit, for one completion; and the correlation of each with the exact credit.
 
     python benchmarks/credit.py                 three seeds: 13 minutes on two cores
     python benchmarks/credit.py --draw          the picture again, from results/credit.jsonl
-    python benchmarks/credit.py --critics       does a better critic know tokens? 40 minutes on two cores
+    python benchmarks/credit.py --critics       does a better critic know tokens? 36 minutes on two cores
 
 The exact credit of token t is V(tokens up to t) - V(tokens before t). V is the mean score of 128 completions that the
 policy samples from there (VinePPO, Kazemnejad et al. 2024, arXiv:2410.01679, eq. 5 and 6); after the last token it is

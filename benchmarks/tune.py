@@ -1,7 +1,7 @@
 """How the defaults were found: each algorithm gets the same number of trials, on prompts that are neither trained nor
 held out.
 
-    python benchmarks/tune.py                     # 88 runs: over an hour on two cores; goes on where it stopped
+    python benchmarks/tune.py                     # 88 runs: 106 minutes on two cores; goes on where it stopped
     python benchmarks/tune.py --scripts ppo
     python benchmarks/tune.py --table             # the table again, from results/tune.jsonl
 
