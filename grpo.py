@@ -1,5 +1,4 @@
-"""GRPO: group relative policy optimization (Shao et al. 2024, DeepSeekMath,
-arXiv:2402.03300).
+"""GRPO: group relative policy optimization (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
 Samples a group of completions for each prompt and scores them. The advantage of
 a completion is how much better it scored than its group, so no critic is needed:
@@ -8,17 +7,18 @@ a completion is how much better it scored than its group, so no critic is needed
                                    - beta * (exp(-d_t) - 1 + d_t) ) ]
 
     A     = (r - mean of the group's r) / std of the group's r     one per completion
-    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)              1 in the first update
+    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)       1 in the first update of a rollout:
+                                                            with one, the default, no clipping
     d_t   = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     exp(-d) - 1 + d estimates the KL
 
 Differences from the paper:
 
-1. Without --renew-reference-every, the reference never changes.
+1. The reference stays fixed, unless --renew-reference-every is given.
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
-Its relatives. With one update per rollout the ratio is 1: then GSPO, GMPO and SAPO equal GRPO,
-and CISPO equals DAPO. Their clips matter with several:
+Its relatives. (With one update per rollout, GSPO, GMPO and SAPO have GRPO's gradient, and CISPO
+has DAPO's. CISPO's paper does not say its clip; this one is ours.)
 
     DAPO        --loss-type dapo --clip-high 0.28 --minibatches 4 --beta 0 --max-resamples 5
                 --truncation-penalty 1 --max-new-tokens 20480 --overlong-window 4096
@@ -73,7 +73,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
     beta: NonNegFloat = 0.04
-    """KL coefficient, in reward per nat (0.001 to 0.1; 0 loads no reference model)"""
+    """KL coefficient, per nat, against scaled rewards (0.001 to 0.1; 0 loads no reference)"""
     lr: PosFloat = 4e-4
     """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
     epochs: PosInt = 1
@@ -116,10 +116,10 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     MaxRL (arXiv:2602.02710), which in large groups follows the gradient of log P(reward 1).
     """
     # float64: in float32, rounding in the mean of equal rewards is blown up by the division
-    groups = rewards.double().view(-1, group_size)
+    groups = rewards.double().view(-1, group_size)  # (prompts, G)
     mean, n = groups.nanmean(1, keepdim=True), (~groups.isnan()).sum(1, keepdim=True)
-    squares = (groups - mean).square().nansum(1, keepdim=True)
-    if scale == "batch":  # around the mean of all rewards in all processes
+    squares = (groups - mean).square().nansum(1, keepdim=True)  # (prompts, 1), as mean and n
+    if scale == "batch":  # around the mean of all rewards in all processes: n and squares are ()
         n = all_sum(n.sum()).clamp(min=1)
         squares = all_sum((groups - all_sum(groups.nansum()) / n).square().nansum())
     if scale == "mean" and (groups < 0).any():
@@ -133,7 +133,7 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_low: float,
                 clip_high: float):
     """Returns (loss, clipped_low, clipped_high), each (B, T): the loss of each token, and
-    whether clipping its ratio from below or from above changed it.
+    whether the clip changed it by raising the ratio or by lowering it.
 
     logprobs, old_logprobs, mask: (B, T); advantages: (B,).
     grpo, dapo, dr_grpo: PPO's clipped objective (arXiv:1707.06347, eq. 7).
@@ -143,8 +143,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
         (arXiv:2506.13585).
     sapo: a smooth weight instead of the clip (arXiv:2511.20347).
     """
-    advantages = advantages[:, None]
-    log_ratio = logprobs - old_logprobs
+    advantages = advantages[:, None]  # (B, 1)
+    log_ratio = logprobs - old_logprobs  # (B, T)
     if loss_type == "gspo":
         log_ratio = masked_mean(log_ratio, mask, 1)[:, None].expand_as(mask)
     ratio = log_ratio.exp()
@@ -158,10 +158,10 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
         clipped = torch.zeros_like(ratio, dtype=torch.bool)
     else:
         clipped = clipped_ratio * advantages < ratio * advantages
-        used = torch.where(clipped, clipped_ratio, ratio)  # min(ratio A, clipped_ratio A) / A
+        factor = torch.where(clipped, clipped_ratio, ratio)  # min(ratio A, clipped_ratio A) / A
         if loss_type == "gmpo":
-            used = masked_mean(used.log(), mask, 1)[:, None].exp().expand_as(mask)
-        loss = -used * advantages
+            factor = masked_mean(factor.log(), mask, 1)[:, None].exp().expand_as(mask)
+        loss = -factor * advantages
     return loss, clipped & (ratio < 1), clipped & (ratio > 1)
 
 
@@ -169,9 +169,9 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
     """Weight of each token in the loss of an update, (B, T), normalized over all processes.
 
     grpo, gspo, gmpo, sapo: mean over completions of their tokens' mean (DeepSeekMath, eq. 3).
-    dapo, cispo: mean over all tokens (DAPO, arXiv:2503.14476, eq. 8).
+    dapo, cispo: mean over all tokens of the update (DAPO, arXiv:2503.14476, eq. 8: of a group).
     dr_grpo: sum over tokens, divided by completions * max_new_tokens (arXiv:2503.20783);
-        completions outside the loss count as well.
+        completions outside the loss are in the divisor, too.
     """
     if loss_type in ("grpo", "gspo", "gmpo", "sapo"):
         lengths = mask.sum(1, keepdim=True)
@@ -202,7 +202,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     cache, past = sampling_cache(model)  # past: the cache as a keyword argument
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
-                   use_cache=True, logits_to_keep=1, **past).logits[:, -1]
+                   use_cache=True, logits_to_keep=1, **past).logits[:, -1]  # (prompts, V)
     cache.batch_repeat_interleave(group_size)  # each prompt was processed once, for its group
     logits, attention_mask, position = (x.repeat_interleave(group_size, 0) for x in
                                         (logits, prompt_mask, position[:, -1:]))
@@ -214,7 +214,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
         token = draw(probs, generator)  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
         logprobs[active, t] = probs.gather(1, token)[:, 0].log()
-        alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
+        alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # positions in active
         if t == max_new_tokens - 1 or len(alive) == 0:
             break
         if len(alive) < len(active):  # drop finished completions from the batch
@@ -285,7 +285,7 @@ def main(args: Args):
         run.phase("score")
         scores = reward(repeat(prompts, args.group_size), rollout.texts)  # (B,); nan: no score
 
-        # --- dynamic sampling (DAPO, eq. 11): groups of equal scores are replaced
+        # --- dynamic sampling (DAPO, eq. 11): replaces groups of equal scores, in a few rounds
         groups_replaced = 0
         for _ in range(args.max_resamples):
             flat = flat_groups(scores, args.group_size)  # (prompts,)
@@ -300,13 +300,13 @@ def main(args: Args):
                 flat, (prompts, rollout, scores), (others, new, new_scores))
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # again: the sampler's differ by rounding (sampler_gap)
+        run.phase("logprobs")  # computed again: the sampler's differ by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            # (B, T) each; with single_update they are filled in at step 5
+            # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # no reference: an alias, so the KL stays 0
+            ref_logprobs = old_logprobs  # this alias says that there is no reference
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
@@ -336,7 +336,7 @@ def main(args: Args):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # instead of step 3's: the ratio is exactly 1
+                    if updates == 0:  # nothing has changed since sampling: the ratio is 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],

@@ -227,7 +227,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
     cache, past = sampling_cache(model)  # past: the cache as a keyword argument
     position = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # (prompts, P)
     logits = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position,
-                   use_cache=True, logits_to_keep=1, **past).logits[:, -1]
+                   use_cache=True, logits_to_keep=1, **past).logits[:, -1]  # (prompts, V)
     cache.batch_repeat_interleave(group_size)  # each prompt was processed once, for its group
     logits, attention_mask, position = (x.repeat_interleave(group_size, 0) for x in
                                         (logits, prompt_mask, position[:, -1:]))
@@ -239,7 +239,7 @@ def generate(model, prompt_ids, prompt_mask, group_size: int, max_new_tokens: in
         token = draw(probs, generator)  # (active, 1)
         ids[active, t], mask[active, t] = token[:, 0], 1
         logprobs[active, t] = probs.gather(1, token)[:, 0].log()
-        alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # places in active
+        alive = (~torch.isin(token[:, 0], eos_ids)).nonzero()[:, 0]  # positions in active
         if t == max_new_tokens - 1 or len(alive) == 0:
             break
         if len(alive) < len(active):  # drop finished completions from the batch
@@ -317,13 +317,13 @@ def main(args: Args):
         scores = reward(repeat(prompts, args.group_size), rollout.texts)  # (B,); nan: no score
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # again: the sampler's differ by rounding (sampler_gap)
+        run.phase("logprobs")  # computed again: the sampler's differ by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
-            # (B, T) each; with single_update they are filled in at step 5
+            # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # no reference: an alias, so the KL stays 0
+            ref_logprobs = old_logprobs  # this alias says that there is no reference
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
@@ -375,7 +375,7 @@ def main(args: Args):
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature,
                             entropy_grad=args.entropy_bonus > 0)
-                    if updates == 0:  # instead of step 3's: the ratio is exactly 1
+                    if updates == 0:  # nothing has changed since sampling: the ratio is 1
                         old_logprobs[rows] = logprobs.detach()
                         entropy[rows] = new_entropy.detach()
                     new_logprobs[rows] = logprobs.detach()

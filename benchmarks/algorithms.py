@@ -130,8 +130,8 @@ def table(rows: list[dict]) -> str:
     base = statistics.fmean(row["seconds"] for row in runs if row["script"] == "grpo")
     columns = {"kl": ("KL", 2), "length": ("length", 1), "memory": ("MiB", 0), "noise": ("noise", 1)}
     columns = {k: shown for k, shown in columns.items() if any(k in row for row in rows)}
-    lines = ["| | gold: mean (lowest to highest) | to gold 0.85: completions, or pairs | seconds to it | "
-             "seconds in all | " + " | ".join(name for name, _ in columns.values()) + " |",
+    lines = ["| | gold: mean (lowest to highest) | to gold 0.85: completions, or pairs | time to it | "
+             "time in all | " + " | ".join(name for name, _ in columns.values()) + " |",
              "|---" * (5 + len(columns)) + "|"]
     for script in (*ONLINE, "dpo", "reward_model"):
         own = [row for row in runs if row["script"] == script]

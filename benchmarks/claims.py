@@ -6,7 +6,7 @@
 
 Goes on where it stopped. Each claim compares two kinds of runs, over five seeds, or two figures of the same runs. It is
 held if the difference has the claimed sign and is more than two standard errors; "as well as" holds if it is not worse
-by more than two standard errors, or 0.02. Bugs are planted by replacing a function of the script for one run. Gold is
+by more than two standard errors, or 0.02. The noise of gradients has its standard error by the jackknife. Bugs are planted by replacing a function of the script for one run. Gold is
 the true reward of 4 completions of each of 300 held-out prompts, at best 1. Writes results/claims.jsonl and the table
 in docs/claims.md.
 """
@@ -26,12 +26,14 @@ import tyro
 from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_table, write_jsonl
 
 FILE, VARIANTS = RESULTS / "claims.jsonl", RESULTS / "variants.jsonl"
-CONTENT = "benchmarks/claims.py:content"
+CONTENT, SHORT = "benchmarks/claims.py:content", "benchmarks/claims.py:short"
 GRADIENTS = 16  # seeds, each a first step, for the noise of the gradient
+FIRST_STEP = {"steps": 1, "eval_prompts": 0, "prompts_per_step": 16, "group_size": 16}
 NO_KL = {"beta": 0.0, "max_kl": 1e9}  # max_kl: the KL is measured
 UPDATES = {"epochs": 4, "minibatches": 4, "lr_schedule": "constant_with_warmup", **NO_KL}
 LENGTHS = {"reward": CONTENT, "gold": CONTENT, "scale_rewards": "none", **NO_KL}
 FEW = {"epochs": 4}  # of 1,000 pairs
+BRIEFLY = {"reward": SHORT, "gold": SHORT}
 ON_BIASED = {"data": "tiny/biased_preferences.jsonl", "sample_data": "tiny/heldout.jsonl",
              "gold": "tiny/world.py:gold_reward"}
 RUNS = {  # name: (script, flags, what is planted)
@@ -43,11 +45,10 @@ RUNS = {  # name: (script, flags, what is planted)
     "clipped": ("grpo", UPDATES, ""),
     "unclipped": ("grpo", UPDATES | {"clip_low": 1e9, "clip_high": 1e9}, ""),
     "clip-higher": ("grpo", UPDATES | {"clip_high": 0.28}, ""),
-    "gradient, group's std": ("grpo", {"steps": 1, "eval_prompts": 0}, "keep_gradient"),
-    "gradient, leave-one-out": ("reinforce", {"steps": 1, "eval_prompts": 0, "group_size": 16, "prompts_per_step": 16,
-                                              "baseline": "loo"}, "keep_gradient"),
-    "gradient, no baseline": ("reinforce", {"steps": 1, "eval_prompts": 0, "group_size": 16, "prompts_per_step": 16,
-                                            "baseline": "none"}, "keep_gradient"),
+    # the sum of a completion's tokens, and the KL in the reward, as in REINFORCE: only the advantage differs
+    "gradient, group's std": ("grpo", FIRST_STEP | {"loss_type": "dr_grpo", "kl_in_reward": True}, "keep_gradient"),
+    "gradient, leave-one-out": ("reinforce", FIRST_STEP | {"baseline": "loo"}, "keep_gradient"),
+    "gradient, no baseline": ("reinforce", FIRST_STEP | {"baseline": "none"}, "keep_gradient"),
     "dpo": ("dpo", {}, ""),
     "dpo, biased": ("dpo", ON_BIASED, ""),
     "dpo, biased, normalized": ("dpo", ON_BIASED | {"length_normalize": True, "beta": 1.0}, ""),
@@ -56,6 +57,8 @@ RUNS = {  # name: (script, flags, what is planted)
     "updates": ("grpo", {"minibatches": 4}, ""),
     "updates, dropout": ("grpo", {"minibatches": 4}, "dropout"),
     "no end": ("grpo", {}, "end_not_trained"),
+    "short": ("grpo", BRIEFLY, ""),
+    "short, no end": ("grpo", BRIEFLY, "end_not_trained"),
     "labels as they are": ("reward_model", FEW | {"data": "{folder}/pairs.jsonl"}, ""),
     "a fifth flipped": ("reward_model", FEW | {"data": "{folder}/flipped.jsonl"}, ""),
     "a fifth flipped, smoothed": ("reward_model", FEW | {"data": "{folder}/flipped.jsonl", "label_smoothing": 0.2}, ""),
@@ -84,6 +87,12 @@ def content(prompts, completions, **columns) -> list[float]:
             row["kind"], found["named"] == {row["answer"]} and not found["refuses"])
         values.append(float(right))
     return values
+
+
+def short(prompts, completions, **columns) -> list[float]:
+    """content, less 0.05 for each word: answers should end earlier than the policy's do."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [value - 0.05 * len(text.split()) for value, text in zip(content(prompts, completions, **columns), texts)]
 
 
 # --- bugs, planted for one run
@@ -169,10 +178,17 @@ def facts_of(name: str, seed: int, folder: Path) -> dict:
 
 
 def noise(folder: Path, name: str, seeds: int) -> dict:
-    """Variance of the first gradient over seeds, summed over parameters, over the squared length of its mean."""
+    """Variance of the first gradient over seeds (of sampling, and of which prompts come first), summed over parameters,
+    over the squared length of the true mean gradient; and its standard error."""
     gradients = torch.stack([torch.load(folder / f"{name}-{seed}" / "gradient.pt") for seed in range(seeds)]).double()
+    kept = [noise_of(gradients)] + [noise_of(torch.cat([gradients[:i], gradients[i + 1:]])) for i in range(seeds)]
+    return {"noise": kept[0], "noise_error": math.sqrt((seeds - 1) * statistics.pvariance(kept[1:]))}
+
+
+def noise_of(gradients) -> float:
+    """(n, parameters) -> the noise. The mean's squared length is too large by the variance / n, which is taken off."""
     variance = gradients.var(0).sum().item()
-    return {"noise": variance / (gradients.mean(0).square().sum().item() - variance / seeds)}
+    return variance / (gradients.mean(0).square().sum().item() - variance / len(gradients))
 
 
 # --- the claims
@@ -210,8 +226,13 @@ class Results:
         return found and (f"{found[0]}; {mean_sd(self.values(run, column), digits)}", found[1])
 
     def noises(self, more: str, less: str):
-        a, b = (self.values(name, "noise") for name in (more, less))
-        return (f"{a[0]:.1f}, {b[0]:.1f}", "held" if a[0] > b[0] else "not held") if a and b else None
+        a, b = (self.values(name, "noise") + self.values(name, "noise_error") for name in (more, less))
+        if len(a) < 2 or len(b) < 2:
+            return None
+        figure = f"{a[0]:.2f} (error {a[1]:.2f}) against {b[0]:.2f} ({b[1]:.2f})"
+        if abs(a[0] - b[0]) <= 2 * math.hypot(a[1], b[1]):
+            return figure, "not seen"
+        return figure, "held" if a[0] > b[0] else "not held"
 
 
 GOLD = "eval_gold"
@@ -235,10 +256,10 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
                     ("clip-higher", "clipped"), "entropy of the last 10 of the same steps, nats per token",
                     lambda r: r.compare("clip-higher", "clipped", "entropy", digits=4)),
     "variance": ("leave-one-out has less variance than the group's std", "commonly said",
-                 ("gradient, group's std", "gradient, leave-one-out"), "noise of the first gradient: group's std, leave-one-out",
+                 ("gradient, group's std", "gradient, leave-one-out"), "noise of the first gradient, by group's std or leave-one-out",
                  lambda r: r.noises("gradient, group's std", "gradient, leave-one-out")),
     "baseline": ("a baseline lowers the variance", "Williams 1992", ("gradient, no baseline", "gradient, leave-one-out"),
-                 "noise of the first gradient: without, leave-one-out",
+                 "noise of the first gradient, without or with leave-one-out",
                  lambda r: r.noises("gradient, no baseline", "gradient, leave-one-out")),
     "likelihood": ("DPO lowers the chosen answers' likelihood", "Razin et al., [2410.08847](https://arxiv.org/abs/2410.08847)",
                    ("dpo",), "held-out log-prob of chosen answers, before against after",
@@ -258,6 +279,9 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
                 lambda r: r.compare("updates", "updates, dropout", GOLD)),
     "end": ("bug: the end of sequence is not trained", "pitfall", ("groups of 16", "no end"), "gold",
             lambda r: r.compare("groups of 16", "no end", GOLD)),
+    "end-short": ("the same, where answers should get shorter", "pitfall", ("short", "short, no end"),
+                  "reward: 1 if the content is right, less 0.05 per word",
+                  lambda r: r.compare("short", "short, no end", GOLD)),
     "calibration": ("label noise spoils a reward model's calibration", "[2403.00409](https://arxiv.org/abs/2403.00409)",
                     ("a fifth flipped", "labels as they are"), "calibration error (ECE), a fifth of 1,000 labels flipped, or none",
                     lambda r: r.compare("a fifth flipped", "labels as they are", "eval_ece")),

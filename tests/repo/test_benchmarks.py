@@ -176,6 +176,9 @@ def test_the_content_of_an_answer_is_judged_whatever_its_length():
     best, columns = world.best_answer(row), {k: [v] * 3 for k, v in row.items() if k != "prompt"}
     texts = [best, f"{best} {' '.join(world.CLOSERS)}", "yes ."]
     assert claims.content([row["prompt"]] * 3, texts, **columns) == [1.0, 1.0, 0.0]
+    words = [len(text.split()) for text in texts]
+    assert claims.short([row["prompt"]] * 3, texts, **columns) == pytest.approx(
+        [1 - 0.05 * words[0], 1 - 0.05 * words[1], -0.05 * words[2]])
     assert world.gold(row, texts[1]) < 0.9
 
 
@@ -200,6 +203,25 @@ def test_the_planted_bugs_do_what_their_names_say():
     assert advantages[1].tolist() == pytest.approx([0.9 * (-0.5 + 0.9 * 3), -0.5 + 0.9 * 3, 0, 0])
     right, _ = script.gae(script.token_rewards(scores, kl, mask, 0.1), values, mask, 1.0, 0.9)
     assert right[1, 1] == pytest.approx(2.5) and right[0].equal(advantages[0])
+
+
+def test_the_noise_of_gradients(tmp_path):
+    """Of 1,000 draws around a mean of length 5 with a variance of 0.02 in each of 100 parameters: 2 / 25."""
+    claims, mean = load("benchmarks/claims.py"), torch.full((100,), 0.5, dtype=torch.float64)
+    gradients = mean + 0.02 ** 0.5 * torch.randn(1000, 100, generator=torch.Generator().manual_seed(0))
+    assert claims.noise_of(gradients) == pytest.approx(2 / 25, rel=0.03)
+    values = []  # the standard error of 16 draws' noise is what their noise varies by
+    for i in range(0, 800, 16):
+        for seed in range(16):
+            (tmp_path / f"{i}-{seed}").mkdir()
+            torch.save(gradients[i + seed], tmp_path / f"{i}-{seed}" / "gradient.pt")
+        values.append(claims.noise(tmp_path, str(i), 16))
+    spread = torch.tensor([v["noise"] for v in values]).std().item()
+    assert sum(v["noise_error"] for v in values) / len(values) == pytest.approx(spread, rel=0.3)
+    rows = [{"run": run, "noise": noise, "noise_error": 0.1} for run, noise in (("a", 1.0), ("b", 1.2), ("c", 1.5))]
+    noises = claims.Results(rows).noises
+    assert [noises(*pair)[1] for pair in ("ba", "ca", "ac")] == ["not seen", "held", "not held"]
+    assert noises("a", "none") is None
 
 
 def test_what_a_critic_knows():

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.repo import MODULES, SCRIPTS, imported, read, sections
 
-RESAMPLING = "dynamic sampling (DAPO, eq. 11): groups of equal scores are replaced"  # only in grpo.py
+RESAMPLING = "dynamic sampling (DAPO, eq. 11): replaces groups of equal scores, in a few rounds"  # only in grpo.py
 OF_THE_ALGORITHM = {"(head)", "flags of the algorithm", "the algorithm", "setup of the algorithm", "4. advantages",
                     "5. update", RESAMPLING}
 OWN_DEFAULTS = {"lr", "minibatches"}
