@@ -73,7 +73,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
     beta: NonNegFloat = 0.04
-    """KL coefficient, per nat, against scaled rewards (0.001 to 0.1; 0 loads no reference)"""
+    """KL coefficient, per nat (0.001 to 0.1; 0 loads no reference model)"""
     lr: PosFloat = 4e-4
     """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
     epochs: PosInt = 1
@@ -118,8 +118,8 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     # float64: in float32, rounding in the mean of equal rewards is blown up by the division
     groups = rewards.double().view(-1, group_size)  # (prompts, G)
     mean, n = groups.nanmean(1, keepdim=True), (~groups.isnan()).sum(1, keepdim=True)
-    squares = (groups - mean).square().nansum(1, keepdim=True)  # (prompts, 1), as mean and n
-    if scale == "batch":  # around the mean of all rewards in all processes: n and squares are ()
+    squares = (groups - mean).square().nansum(1, keepdim=True)  # (prompts, 1), like n
+    if scale == "batch":  # around the mean of all rewards in all processes; both become ()
         n = all_sum(n.sum()).clamp(min=1)
         squares = all_sum((groups - all_sum(groups.nansum()) / n).square().nansum())
     if scale == "mean" and (groups < 0).any():

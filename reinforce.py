@@ -70,7 +70,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     temperature: PosFloat = 1.0
     """sampling temperature, also applied to log-probs (0.7 to 1.0)"""
     beta: NonNegFloat = 0.04
-    """KL coefficient, in reward per nat (0.001 to 0.1; 0 loads no reference model)"""
+    """KL coefficient, per nat (0.001 to 0.1; 0 loads no reference model)"""
     lr: PosFloat = 4e-4
     """AdamW's peak learning rate (real models: 1e-6 to 1e-5)"""
     epochs: PosInt = 1
