@@ -17,8 +17,8 @@ Differences from the paper:
 2. The std is the sample's (divisor n - 1); 1e-4 is added against division by 0.
 3. Outcome rewards only, no process rewards.
 
-Its relatives. (With one update per rollout, GSPO, GMPO and SAPO have GRPO's gradient, and CISPO
-has DAPO's. CISPO's paper does not say its clip; this one is ours.)
+Its relatives. (With one update per rollout, GSPO, GMPO and SAPO have GRPO's gradient, and
+CISPO has DAPO's. CISPO's paper does not say its clip; this one is ours.)
 
     DAPO        --loss-type dapo --clip-high 0.28 --minibatches 4 --beta 0 --max-resamples 5
                 --truncation-penalty 1 --max-new-tokens 20480 --overlong-window 4096
@@ -158,7 +158,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_l
         clipped = torch.zeros_like(ratio, dtype=torch.bool)
     else:
         clipped = clipped_ratio * advantages < ratio * advantages
-        factor = torch.where(clipped, clipped_ratio, ratio)  # min(ratio A, clipped_ratio A) / A
+        factor = torch.where(clipped, clipped_ratio, ratio)  # min(ratio A, clipped_ratio A)/A
         if loss_type == "gmpo":
             factor = masked_mean(factor.log(), mask, 1)[:, None].exp().expand_as(mask)
         loss = -factor * advantages
@@ -169,7 +169,7 @@ def token_weights(mask, loss_type: str, max_new_tokens: int):
     """Weight of each token in the loss of an update, (B, T), normalized over all processes.
 
     grpo, gspo, gmpo, sapo: mean over completions of their tokens' mean (DeepSeekMath, eq. 3).
-    dapo, cispo: mean over all tokens of the update (DAPO, arXiv:2503.14476, eq. 8: of a group).
+    dapo, cispo: mean over all tokens of the update (arXiv:2503.14476, eq. 8: of a group).
     dr_grpo: sum over tokens, divided by completions * max_new_tokens (arXiv:2503.20783);
         completions outside the loss are in the divisor, too.
     """
