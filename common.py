@@ -709,7 +709,7 @@ def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
     if n > context_length(model):
         raise UserError(f"{tokenizer.name_or_path}: reads {context_length(model)} tokens, and "
                         f"the longest prompt with --max-new-tokens {max_new_tokens} has {n}: "
-                        "lower it, or set --max-prompt-tokens")
+                        "lower it, or set --max-prompt-tokens (reward_model.py: --max-tokens)")
 
 
 @torch.no_grad()

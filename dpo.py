@@ -9,14 +9,10 @@ trained like a reward model:
     minimize   E[ -log sigmoid(beta * (h_chosen - h_rejected)) ]
     h = log pi(y | x) - log pi_ref(y | x)
 
---loss-type has hinge (SLiC, Zhao et al. 2023, arXiv:2305.10425), ipo (Azar et
-al. 2023, arXiv:2310.12036) and simpo (Meng et al. 2024, arXiv:2405.14734).
-
 Differences from the papers:
 
-1. The reference is the initial policy. DPO's authors first train it on the
-   chosen answers; --sft-weight adds that loss here (Pang et al. 2024,
-   arXiv:2404.19733).
+1. The reference is the initial policy. Without an SFT model, DPO's authors first train
+   it on the chosen answers; --sft-weight adds that loss here (arXiv:2404.19733).
 2. IPO takes sums of log-probs, as in its paper's eq. 17. TRL takes means, which
    here is --length-normalize; beta then has to be larger by a factor, the number
    of tokens of an answer.
@@ -39,7 +35,7 @@ import torch.nn.functional as F
 from transformers import get_scheduler
 
 from common import (completion_logprobs, encode, encode_prompts, eos_token_ids, load_pairs,
-                    load_tokenizer, pad, read_prompts, render, without_beginning)
+                    load_tokenizer, pad, read_prompts, render, repeat, without_beginning)
 from evaluation import Evaluator, sample_with_generate
 from flags import (NonNegFloat, NonNegInt, PairArgs, PosFloat, PosInt, SampleArgs, Smoothing,
                    cli)
@@ -66,7 +62,7 @@ class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: fl
 
     # --- flags of the algorithm
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "apo_zero", "apo_down"] = "sigmoid"
-    """see dpo_loss"""
+    """dpo, SLiC (hinge), ipo, simpo or apo: see dpo_loss"""
     label_smoothing: Smoothing = 0.0
     """fraction of labels taken to be wrong (0 to 0.3): cDPO"""
     robust: bool = False
@@ -91,6 +87,8 @@ class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: fl
         if self.loss_type not in ("sigmoid", "simpo") and (
                 self.label_smoothing or self.robust):
             raise UserError(f"--loss-type {self.loss_type}: no --label-smoothing or --robust")
+        if self.robust and not self.label_smoothing:
+            raise UserError("--robust: needs --label-smoothing, the fraction of wrong labels")
         if self.max_tokens == 1:
             raise UserError("--max-tokens: must leave room for a prompt and an answer")
         if self.data == "tiny/preferences.jsonl":  # the tiny world brings its own
@@ -110,10 +108,10 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta: float,
         (cDPO, Mitchell 2023). robust: an unbiased estimate of the loss on the true labels
         (Chowdhury et al. 2024, arXiv:2403.00409, sec. 3.1).
     hinge: SLiC, relative to the reference (Liu et al. 2023, arXiv:2309.06657, eq. 10).
-    ipo: pulls the log-ratio to 1 / (2 beta) (Azar et al. 2023, eq. 17).
-    simpo: mean log-probs and no reference (Meng et al. 2024, eq. 6).
-    apo_zero, apo_down: raises the chosen answer and lowers the rejected one; or lowers both,
-        where the policy is better than the chosen answers (arXiv:2408.06266, eq. 7 and 8).
+    ipo: pulls the log-ratio to 1 / (2 beta) (Azar et al. 2023, arXiv:2310.12036, eq. 17).
+    simpo: mean log-probs, no reference; margin is its gamma (arXiv:2405.14734, eq. 6).
+    apo_zero: raises the chosen answer and lowers the rejected one. apo_down: lowers both, the
+        rejected one more, for pairs worse than the policy (arXiv:2408.06266, eq. 7 and 8).
     """
     if loss_type == "simpo":
         z = beta * (chosen - rejected)
@@ -145,8 +143,8 @@ def pair_logprobs(model, pairs: list[dict], device):
 
 @torch.no_grad()
 def add_reference_logprobs(reference, rows: list[dict], run: Run):
-    """Adds `ref_logprobs`, pair_logprobs under the reference, to each row, once for all. They
-    are 0 with simpo, whose implicit reward has no reference."""
+    """Adds to each row its `ref_logprobs`, pair_logprobs under the reference, before training
+    starts. They are 0 with simpo, whose implicit reward has no reference."""
     share = run.share(rows)
     logprobs = torch.zeros(len(share), 2)
     groups = run.micro_batches(torch.tensor([pair_length(row) for row in share]))
@@ -158,8 +156,8 @@ def add_reference_logprobs(reference, rows: list[dict], run: Run):
         row["ref_logprobs"] = both
 
 
-def pair_losses(policy, pairs: list[dict], run: Run) -> dict:
-    """The loss of each pair, with its gradient, and metrics without: (B,) each."""
+def pair_metrics(policy, pairs: list[dict], run: Run) -> dict:
+    """The loss of each pair, with its gradient, and its metrics, without: (B,) each."""
     args = run.args
     with run.autocast():
         chosen, rejected = pair_logprobs(policy, pairs, run.device)
@@ -238,22 +236,21 @@ def sample(model, rows: list, group_size: int, run: Run, tokenizer, generator,
            temperature=None):
     """Completions for evaluation; run.generator has seeded what generate draws from."""
     args = run.args
-    rows = [row for row in rows for _ in range(group_size)]
     with run.autocast(), run.gathered(model):  # FSDP's weights are gathered once
-        return sample_with_generate(model, rows, tokenizer, args.max_new_tokens,
-                                    temperature or args.temperature,
+        return sample_with_generate(model, repeat(rows, group_size), tokenizer,
+                                    args.max_new_tokens, temperature or args.temperature,
                                     args.generate_batch_size)
 
 
 @torch.no_grad()
 def evaluate_pairs(policy, rows: list[dict], run: Run) -> dict:
-    """Means of pair_losses over held-out pairs."""
+    """Means of pair_metrics over held-out pairs."""
     policy.eval()
     rows = run.share(rows)
-    metrics = {}  # name: (rows,)
+    metrics = {}  # name: (rows,), by row, since micro_batches may repeat one
     for group in run.micro_batches(torch.tensor([pair_length(row) for row in rows])):
-        losses = pair_losses(policy, [rows[i] for i in group], run)
-        for name, values in losses.items():
+        columns = pair_metrics(policy, [rows[i] for i in group], run)
+        for name, values in columns.items():
             metrics.setdefault(name, torch.zeros(len(rows), device=run.device))[group] = values
     return global_means([metrics])
 
@@ -280,7 +277,7 @@ def main(args: Args):
     scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup, run.steps)
     evaluate = Evaluator(run, prompts, None, sample, tokenizer, temperature=1.0)
 
-    for rows in [eval_rows] + [train_rows] * (args.epochs > 0):
+    for rows in [eval_rows, train_rows] if args.epochs else [eval_rows]:
         add_reference_logprobs(reference, rows, run)
 
     # --- steps
@@ -298,9 +295,9 @@ def main(args: Args):
         policy.train()
         lr, metrics = scheduler.get_last_lr()[0], []
         for rows in run.micro_batches(torch.tensor([pair_length(pair) for pair in pairs])):
-            losses = pair_losses(policy, [pairs[i] for i in rows], run)
-            (losses["loss"].sum() / n_pairs).backward()
-            metrics.append({name: values.detach() for name, values in losses.items()})
+            columns = pair_metrics(policy, [pairs[i] for i in rows], run)
+            (columns["loss"].sum() / n_pairs).backward()
+            metrics.append({name: values.detach() for name, values in columns.items()})
         grad_norm = run.clip_grad_norm(policy)
         optimizer.step()
         scheduler.step()

@@ -25,15 +25,13 @@ update is that of E[r] - beta * KL, up to a factor, for large rollouts; in small
 ones the mean over tokens turns it by a few degrees (docs/convergence.md).
 
     python ppo.py                                   # the tiny world: a minute on a laptop
+    python ppo.py --help                            # the ranges of flags for real models
     python ppo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6 --critic-lr 1e-5
 
-For a real model set --prompts-per-step, --max-new-tokens and --steps, too: --help
-names the usual ranges.
-
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
-rises, it is being hacked. explained_variance near or below 0: the critic
+rises, it is being hacked. If explained_variance is near or below 0, the critic
 knows nothing yet (in the default run for some five steps: a reward model's head
-says little before the last token). approx_kl: how far the updates of one rollout go.
+says little before the last token). approx_kl is how far a rollout's updates go.
 """
 from dataclasses import dataclass
 
@@ -85,7 +83,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     critic_lr: PosFloat = 1e-3
     """AdamW's peak learning rate for the critic (real models: 5e-6 to 1e-5)"""
     critic_warmup: NonNegInt = 0
-    """first steps in which only the critic is trained (0 to 20)"""
+    """first steps in which only the critic is trained; --lr's schedule runs on (0 to 20)"""
     gamma: Fraction = 1.0
     """discount per token"""
     gae_lambda: Fraction = 0.95
@@ -130,7 +128,7 @@ def token_rewards(scores, kl, mask, beta: float):
 def gae(rewards, values, mask, gamma: float, lam: float):
     """Advantages (Schulman et al. 2015, arXiv:1506.02438, eq. 16) and returns, two (B, T).
 
-    values[:, t] is the critic's before token t; after the last token nothing is to come.
+    rewards, values, mask: (B, T). values[:, t] is of what comes from token t on.
     """
     advantages = torch.zeros_like(values)
     next_advantage = next_value = torch.zeros_like(values[:, 0])  # (B,)
@@ -143,8 +141,9 @@ def gae(rewards, values, mask, gamma: float, lam: float):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_low: float, clip_high: float):
-    """Returns (loss, clipped_low, clipped_high), each (B, T): the loss of each token, and
-    whether clipping its ratio from below or from above changed it (PPO, eq. 7)."""
+    """Returns (loss, clipped_low, clipped_high), each (B, T) like logprobs and advantages: the
+    loss of each token, and whether the clip changed it by raising the ratio or by lowering it
+    (PPO, eq. 7)."""
     ratio = (logprobs - old_logprobs).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -163,8 +162,8 @@ def value_loss(values, old_values, returns, value_clip: float):
 
 
 def beta_change(kl: float, completions: int, args) -> float:
-    """By what a step with this mean KL multiplies beta (Ziegler et al. 2019, sec. 2.2; the
-    target of 6 and the horizon are their code's)."""
+    """The factor by which a step with this mean KL changes beta (Ziegler et al. 2019, sec.
+    2.2; the target of 6 and the horizon are their code's)."""
     error = max(-0.2, min(0.2, kl / args.kl_target - 1))
     return 1 + error * completions / args.kl_horizon
 
@@ -207,9 +206,10 @@ def load_critic(args: Args, reward, tokenizer, device):
         logits=critic.score(outputs[0])))  # of the last hidden states, (B, T, 1)
     if context_length(critic) < context_length(args.model):
         raise UserError(f"--critic {name}: its context is shorter than the policy's")
-    rows = getattr(tokenizer, "embedded", 0)  # of the policy, whose vocabulary may be padded
-    if critic.config.get_text_config().vocab_size < rows:
-        critic.resize_token_embeddings(rows)
+    if args.critic_lr == Args.critic_lr and critic.num_parameters() > 50e6:
+        raise UserError("--critic-lr: the default is for the tiny model: set one (--help)")
+    if critic.config.get_text_config().vocab_size < tokenizer.embedded:  # the policy's, padded
+        critic.resize_token_embeddings(tokenizer.embedded)
     print(f"the critic starts from {name}")
     return critic
 
@@ -398,8 +398,8 @@ def main(args: Args):
                 critic_optimizer.step()
                 critic_scheduler.step()
                 critic_optimizer.zero_grad()
-                if 0 < args.target_kl < approx_kl:
-                    optimizer.zero_grad()  # no gradient, no update, as in the critic's warmup
+                if 0 < args.target_kl < approx_kl:  # only the critic learns: without a
+                    optimizer.zero_grad()           # gradient AdamW makes no update
                 grad_norm += run.clip_grad_norm(policy)
                 optimizer.step()
                 scheduler.step()

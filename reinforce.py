@@ -8,8 +8,8 @@ scored than a baseline, so no critic is needed:
     maximize   E[ r(x, y) - beta * KL ]    by the gradient    E[ A * grad log pi(y | x) ]
 
     A = R - b        R = r - beta * log(pi(y | x) / pi_ref(y | x))
-    b = 0, or the mean of the group, of its others (leave-one-out: RLOO), or of past
-        steps, or the score of the greedy completion (ReMax)
+    b = 0, or the mean of the group, of the group's other completions (leave-one-out: RLOO),
+        or of past steps, or the score of the greedy completion (ReMax)
 
 Differences from the papers:
 
@@ -22,18 +22,16 @@ Differences from the papers:
    the completion's. Its variant with baseline (--baseline mean) has the KL in the
    loss, as k2; here it stays in the reward.
 
-With any baseline but the group's mean, which shrinks the reward's part of it to
-(G - 1) / G, the gradient is unbiased (docs/convergence.md has its variance).
+Without --whiten, the gradient of a rollout's first update is unbiased with any baseline but
+the group's mean. This shrinks it to (G - 1) / G (with --kl-per-token only the reward's part).
 
     python reinforce.py                             # the tiny world: a minute on a laptop
+    python reinforce.py --help                      # the ranges of flags for real models
     python reinforce.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
 
-For a real model set --prompts-per-step, --max-new-tokens and --steps, too: --help
-names the usual ranges.
-
 Watch eval_gold (or your own held-out measure) next to reward: if only reward
-rises, it is being hacked. length_correlation far above 0: the reward
-pays for length. advantage_std: what the baseline leaves, the gradient's noise.
+rises, it is being hacked. If length_correlation is far above 0, the reward
+pays for length. advantage_std is what the baseline leaves: the gradient's noise.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -84,13 +82,13 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     moving_decay: Fraction = 0.9
     """how much of the moving baseline a step keeps"""
     kl_per_token: bool = False
-    """a token answers for its own KL and what follows, not for the whole completion's"""
+    """charge a token with the KL from it onward, not with that of the whole completion"""
     whiten: bool = False
     """normalize advantages to mean 0 and variance 1 over a rollout's tokens (REINFORCE++)"""
     clip_low: NonNegFloat = 0.2
-    """a completion's ratio below 1 - clip_low has no gradient (only with several updates)"""
+    """below a ratio of 1 - clip_low, completions with A < 0 have no gradient"""
     clip_high: NonNegFloat = 0.2
-    """a completion's ratio above 1 + clip_high has no gradient (only with several updates)"""
+    """above a ratio of 1 + clip_high, completions with A > 0 have no gradient"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,17 +104,17 @@ def baseline(rewards, group_size: int, kind: str, moving: float = 0.0, greedy=No
     """What is subtracted from each completion's reward, (B,).
 
     rewards: (B,), group after group; nan leaves a completion out of the means. moving: the
-    mean reward of past steps. greedy: (B,), the score of the prompt's greedy completion
-    (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, sec. 2.3, after eq. 8). All but "mean"
-    are independent of the completion itself, so they do not change the expected gradient.
+    mean reward of past steps, 0 at first. greedy: (B,), the score of the prompt's greedy
+    completion (ReMax, algorithm 1). loo: RLOO (arXiv:2402.14740, sec. 2.3, after eq. 8). All
+    but "mean" are independent of the completion, so the expected gradient stays the same.
     """
-    groups = rewards.view(-1, group_size)
+    groups = rewards.view(-1, group_size)  # (prompts, G)
     if kind == "mean":
         return groups.nanmean(1, keepdim=True).expand_as(groups).reshape(-1)
     if kind == "loo":
         others = (~groups.isnan()).sum(1, keepdim=True) - 1  # (prompts, 1)
         mean = (groups.nansum(1, keepdim=True) - groups) / others.clamp(min=1)
-        return torch.where(others > 0, mean, groups).view(-1)  # alone, it teaches nothing
+        return torch.where(others > 0, mean, groups).view(-1)  # the only one scored: A = 0
     if kind == "greedy":
         return greedy
     return torch.full_like(rewards, moving if kind == "moving" else 0.0)
@@ -126,9 +124,9 @@ def token_advantages(rewards, baselines, kl, mask, beta: float, kl_per_token: bo
                      whiten: bool):
     """Advantage of each token, (B, T); 0 where the reward is nan.
 
-    rewards, baselines: (B,), with the completion's KL in both unless kl_per_token. kl: (B, T),
-    log pi - log pi_ref. kl_per_token: A_t = r - b - beta * (KL of t and all after), which is
-    exact, too: a token does not change the KL before it (REINFORCE++, eq. 4).
+    rewards: (B,), less beta times the completion's KL unless kl_per_token. baselines: (B,).
+    kl: (B, T), log pi - log pi_ref. kl_per_token: A_t = r - b - beta * (KL of t and after),
+    which is exact, too: a token does not change the KL before it (REINFORCE++, eq. 4).
     """
     advantages = (rewards - baselines)[:, None] * mask
     if kl_per_token:
@@ -140,11 +138,11 @@ def token_advantages(rewards, baselines, kl, mask, beta: float, kl_per_token: bo
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low: float, clip_high: float):
     """Returns (loss, clipped_low, clipped_high), each (B, T): the loss of each token, and
-    whether clipping its ratio from below or from above stopped its gradient.
+    whether its gradient was stopped because the completion's ratio is too low or too high.
 
-    Its gradient is -ratio * A * grad log pi, with one ratio per completion: the importance
-    weight of what an older policy sampled. It is stopped where PPO's clip has no gradient
-    (arXiv:1707.06347, eq. 7).
+    logprobs, old_logprobs, advantages, mask: (B, T). The gradient is -ratio * A * grad log pi,
+    with one ratio per completion, the importance weight of what an older policy sampled. It is
+    stopped where PPO's clip has no gradient (arXiv:1707.06347, eq. 7).
     """
     ratio = ((logprobs - old_logprobs) * mask).sum(1, keepdim=True).exp().detach()  # (B, 1)
     low = (ratio < 1 - clip_low) & (advantages < 0)
@@ -269,7 +267,7 @@ def main(args: Args):
         kl, greedy = kl_estimate(old_logprobs, ref_logprobs), None  # (B, T)
         if not args.kl_per_token:
             rewards = rewards - args.beta * kl.sum(1)  # (B,)
-        if args.baseline == "greedy":
+        if args.baseline == "greedy":  # its time is in seconds_logprobs
             best = sample(policy, prompts, 1, run, tokenizer, generator=None)
             greedy = reward(prompts, best.texts)
             greedy = greedy - args.truncation_penalty * best.overlong(args)

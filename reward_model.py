@@ -122,7 +122,7 @@ def load_scorer(name: str, tokenizer, device):
             model.resize_token_embeddings(len(tokenizer))
         tokenizer.embedded = embedding_rows(model)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    for key in missing:  # the head: std 1 / sqrt(d + 1), so that scores begin near 1
+    for key in missing:  # the head: std 1 / sqrt(d + 1), so that scores begin with std near 1
         weight = model.get_parameter(key)
         torch.nn.init.normal_(weight, std=(weight.shape[-1] + 1) ** -0.5)
     return model
@@ -176,7 +176,7 @@ def score_pairs(model, pairs: list[dict], run: Run):
 
 @torch.no_grad()
 def evaluate(model, rows: list[dict], run: Run) -> dict:
-    """Metrics of held-out pairs."""
+    """Metrics of held-out pairs; the loss without margins, label smoothing and centering."""
     model.eval()
     rows = run.share(rows)
     scores = torch.zeros(2, len(rows))  # of the chosen and of the rejected answers
@@ -228,7 +228,7 @@ def main(args: Args):
         raise UserError(f"--eval-by {args.eval_by}: no held-out pair has that column")
     model = load_scorer(args.model, tokenizer, run.device)
     reference = None
-    if args.bias_prompts:
+    if args.bias_prompts and args.epochs:
         name = args.reference or args.model
         try:
             reference = load_causal_lm(name, run.device)
@@ -236,8 +236,8 @@ def main(args: Args):
             raise UserError(f"{error} (set --reference to a causal LM, or --bias-prompts 0)")
         reference_tokenizer = load_tokenizer(name)
         room = context_length(reference) - args.max_new_tokens
-        chosen = torch.randperm(len(train_rows))[:args.bias_prompts]
-        prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in chosen],
+        picked = torch.randperm(len(train_rows))[:args.bias_prompts]
+        prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in picked],
                                  args.data, room, min(args.max_tokens or room, room))
         check_room(model, tokenizer, prompts, args.max_new_tokens)
     model = run.trainable(model)  # LoRA, FSDP

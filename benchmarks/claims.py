@@ -6,9 +6,9 @@
 
 Goes on where it stopped. Each claim compares two kinds of runs, over five seeds, or two figures of the same runs. It is
 held if the difference has the claimed sign and is more than two standard errors; "as well as" holds if it is not worse
-by more than two standard errors, or 0.02. The noise of gradients has its standard error by the jackknife. Bugs are planted by replacing a function of the script for one run. Gold is
-the true reward of 4 completions of each of 300 held-out prompts, at best 1. Writes results/claims.jsonl and the table
-in docs/claims.md.
+by 0.02 or more, with two standard errors to spare. The noise of gradients has its standard error by the jackknife.
+Bugs are planted by replacing a function of the script for one run. Gold is the true reward of 4 completions of each of
+300 held-out prompts, at best 1. Writes results/claims.jsonl and the table in docs/claims.md.
 """
 import contextlib
 import json
@@ -207,8 +207,8 @@ class Results:
         return [row[column] for row in self.rows if row["run"] == run and row.get(column) is not None]
 
     def compare(self, more: str, less: str, column: str, same: bool = False, digits: int = 3, first: str = ""):
-        """(figure, verdict) on "`more` has more of the column than `less`", or (same) not less. first: the column of
-        `less`, if it is another."""
+        """(figure, verdict) on "`more` has more of the column than `less`", or (same) less by no more than 0.02. first:
+        the column of `less`, if it is another."""
         a, b = self.values(more, column), self.values(less, first or column)
         if min(len(a), len(b)) < 2:
             return None
@@ -216,7 +216,7 @@ class Results:
         error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
         figure = f"{mean_sd(a, digits)} against {mean_sd(b, digits)}"
         if same:
-            return figure, "held" if difference >= -max(2 * error, 0.02) else "not held"
+            difference += 0.02
         if abs(difference) <= 2 * error:
             return figure, "not seen"
         return figure, "held" if difference > 0 else "not held"

@@ -136,6 +136,7 @@ def profile(args: Args):
     if args.model != Args.model:  # 8 x 8 completions of 14 tokens, rewarded by their length
         flags |= {"model": args.model, "lr": 1e-6, "dtype": args.dtype, "reward": f"{ROOT}/benchmarks/speed.py:length",
                   "prompts_per_step": 8, "group_size": 8, "max_new_tokens": 14}
+        flags |= {"critic_lr": 1e-6} if args.profile == "ppo" else {}
     begun, log = [], runtime.Run.log
 
     def between_steps(run, step, metrics, prefix=""):

@@ -187,7 +187,7 @@ def flags_of(args: Args, name: str, model: str, folder: str, first_edition: bool
                   "--max-new-tokens": args.max_new_tokens, "--reward": reward_of(args), "--data": args.data,
                   "--prompt-column": args.prompt_column}
         flags |= {"--eval-prompts": 1 if first_edition else 0}
-    flags |= {"--epochs": 2, "--minibatches": 1} if name == "ppo" else {}
+    flags |= {"--epochs": 2, "--minibatches": 1, "--critic-lr": 1e-6} if name == "ppo" else {}
     return [str(x) for pair in flags.items() for x in pair]
 
 

@@ -164,7 +164,8 @@ def test_every_claim_names_runs_and_they_have_real_flags():
     compare = claims.Results(rows).compare
     assert [compare("c", "a", "x")[1], compare("a", "c", "x")[1], compare("a", "b", "x")[1]] == [
         "held", "not held", "not seen"]
-    assert compare("a", "b", "x", same=True)[1] == "held" and compare("a", "c", "x", same=True)[1] == "not held"
+    assert compare("a", "b", "x", same=True)[1] == "not seen" and compare("a", "c", "x", same=True)[1] == "not held"
+    assert compare("a", "b", "y")[1] == "not seen" and compare("a", "b", "y", same=True)[1] == "held"  # less by 0.001
     assert compare("c", "a", "x", same=True)[1] == "held"  # better is as well
     assert compare("a", "none", "x") is None
     assert claims.best_of_n_bound()[1] == "held"

@@ -138,6 +138,9 @@ def test_a_real_model_needs_a_learning_rate_of_its_own(tmp_path, monkeypatch, ca
     flags = small_flags("grpo", tmp_path / "run", dtype="float32", **ONE)
     assert fails(capsys, "grpo", **flags).startswith("--lr: the default, 0.0004, is for the tiny model: set one for 135 M")
     command("grpo", **flags, lr=1e-6)
+    flags = small_flags("ppo", tmp_path / "ppo", dtype="float32", **ONE) | dict(lr=1e-6)
+    assert fails(capsys, "ppo", **flags).startswith("--critic-lr: the default is for the tiny model: set one")
+    command("ppo", **flags, critic_lr=1e-5)
 
 
 # --- checkpoints

@@ -386,7 +386,7 @@ def test_dpo_epochs_0_evaluates(tmp_path):
 def test_a_reward_model_is_evaluated_by_kind_and_by_length(tmp_path):
     with open("tiny/preferences.jsonl") as file:
         rows = [json.loads(line) for line in file.readlines()[-301:]]
-    (found,) = run("reward_model", tmp_path / "run", epochs=0, model="tiny/reward_model", bias_prompts=0,
+    (found,) = run("reward_model", tmp_path / "run", epochs=0, model="tiny/reward_model",
                    data=write(tmp_path / "pairs.jsonl", *rows), eval_pairs=300, eval_by="kind")
     held_out = rows[1:]
     by_kind = {kind: sum(row["kind"] == kind for row in held_out) for kind in {row["kind"] for row in held_out}}

@@ -219,7 +219,7 @@ def test_under_bfloat16_sums_are_float32(policy, pairs):
 def losses(policy, reference, pairs, **flags):
     run = make_run(dpo.Args(device="cpu", **flags))
     dpo.add_reference_logprobs(reference, pairs, run)
-    return dpo.pair_losses(policy, pairs, run)
+    return dpo.pair_metrics(policy, pairs, run)
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,7 @@ def test_a_value_on_its_bound_is_allowed(flag, value):
     ("ppo", dict(kl_target=6.0, beta=0.0), "--kl-target"),
     ("dpo", dict(loss_type="hinge", label_smoothing=0.1), "--loss-type hinge"),
     ("dpo", dict(loss_type="ipo", robust=True), "--loss-type ipo"),
+    ("dpo", dict(robust=True), "--robust: needs --label-smoothing"),
     ("dpo", dict(max_tokens=1), "--max-tokens"),
     ("grpo", dict(minibatches=13, prompts_per_step=3, group_size=4), "--minibatches: more than")])
 def test_flags_that_do_not_fit_together(script, flags, words):
