@@ -62,7 +62,7 @@ class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: fl
 
     # --- flags of the algorithm
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "apo_zero", "apo_down"] = "sigmoid"
-    """dpo, SLiC (hinge), ipo, simpo or apo: see dpo_loss"""
+    """sigmoid (DPO), hinge (SLiC), ipo, simpo, apo_zero or apo_down: see dpo_loss"""
     label_smoothing: Smoothing = 0.0
     """fraction of labels taken to be wrong (0 to 0.3): cDPO"""
     robust: bool = False

@@ -180,10 +180,15 @@ def facts_of(name: str, seed: int, folder: Path) -> dict:
 
 def noise(folder: Path, name: str, seeds: int) -> dict:
     """Variance of the first gradient over seeds (of sampling, and of which prompts come first), summed over parameters,
-    over the squared length of the true mean gradient; and its standard error."""
+    over the squared length of the true mean gradient; and what it is without each seed, for the jackknife."""
     gradients = torch.stack([torch.load(folder / f"{name}-{seed}" / "gradient.pt") for seed in range(seeds)]).double()
-    kept = [noise_of(gradients)] + [noise_of(torch.cat([gradients[:i], gradients[i + 1:]])) for i in range(seeds)]
-    return {"noise": kept[0], "noise_error": math.sqrt((seeds - 1) * statistics.pvariance(kept[1:]))}
+    without = [noise_of(torch.cat([gradients[:i], gradients[i + 1:]])) for i in range(seeds)]
+    return {"noise": noise_of(gradients), "noise_without": without}
+
+
+def jackknife(without: list[float]) -> float:
+    """Standard error of a figure, from what it is without each of its rows."""
+    return math.sqrt((len(without) - 1) * statistics.pvariance(without))
 
 
 def noise_of(gradients) -> float:
@@ -227,13 +232,15 @@ class Results:
         return found and (f"{found[0]}; {mean_sd(self.values(run, column), digits)}", found[1])
 
     def noises(self, more: str, less: str):
-        a, b = (self.values(name, "noise") + self.values(name, "noise_error") for name in (more, less))
-        if len(a) < 2 or len(b) < 2:
+        a, b = (self.values(name, "noise") + self.values(name, "noise_without") for name in (more, less))
+        if not a or not b:
             return None
-        figure = f"{a[0]:.2f} (error {a[1]:.2f}) against {b[0]:.2f} ({b[1]:.2f})"
-        if abs(a[0] - b[0]) <= 2 * math.hypot(a[1], b[1]):
+        difference = a[0] - b[0]
+        error = jackknife([x - y for x, y in zip(a[1], b[1])])  # paired: both have the same rollouts
+        figure = f"{a[0]:.2f} against {b[0]:.2f}; difference {difference:.2f} (error {error:.2f})"
+        if abs(difference) <= 2 * error:
             return figure, "not seen"
-        return figure, "held" if a[0] > b[0] else "not held"
+        return figure, "held" if difference > 0 else "not held"
 
 
 GOLD = "eval_gold"

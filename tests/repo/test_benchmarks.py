@@ -218,8 +218,11 @@ def test_the_noise_of_gradients(tmp_path):
             torch.save(gradients[i + seed], tmp_path / f"{i}-{seed}" / "gradient.pt")
         values.append(claims.noise(tmp_path, str(i), 16))
     spread = torch.tensor([v["noise"] for v in values]).std().item()
-    assert sum(v["noise_error"] for v in values) / len(values) == pytest.approx(spread, rel=0.3)
-    rows = [{"run": run, "noise": noise, "noise_error": 0.1} for run, noise in (("a", 1.0), ("b", 1.2), ("c", 1.5))]
+    errors = [claims.jackknife(v["noise_without"]) for v in values]
+    assert sum(errors) / len(errors) == pytest.approx(spread, rel=0.3)
+    assert claims.jackknife([5 - x / 4 for x in (1.0, 2, 3, 4, 5)]) == pytest.approx((2.5 / 5) ** 0.5)  # of a mean
+    rows = [{"run": run, "noise": noise, "noise_without": [noise + x for x in without]} for run, noise, without in (
+        ("a", 1.0, (0.1, 0, -0.1)), ("b", 1.1, (-0.1, 0, 0.1)), ("c", 1.5, (0.2, 0.1, 0)))]
     noises = claims.Results(rows).noises
     assert [noises(*pair)[1] for pair in ("ba", "ca", "ac")] == ["not seen", "held", "not held"]
     assert noises("a", "none") is None
