@@ -30,7 +30,8 @@ CONTENT, SHORT = "benchmarks/claims.py:content", "benchmarks/claims.py:short"
 GRADIENTS = 16  # seeds, each a first step, for the noise of the gradient
 FIRST_STEP = {"steps": 1, "eval_prompts": 0, "prompts_per_step": 16, "group_size": 16}
 NO_KL = {"beta": 0.0, "max_kl": 1e9}  # max_kl: the KL is measured
-UPDATES = {"epochs": 4, "minibatches": 4, "lr_schedule": "constant_with_warmup", **NO_KL}
+UPDATES = {"epochs": 4, "minibatches": 4, "lr_schedule": "constant_with_warmup", "lr": 1e-4, **NO_KL}
+UNCLIPPED = {"clip_low": 1e9, "clip_high": 1e9}
 LENGTHS = {"reward": CONTENT, "gold": CONTENT, "scale_rewards": "none", **NO_KL}
 FEW = {"epochs": 4}  # of 1,000 pairs
 BRIEFLY = {"reward": SHORT, "gold": SHORT}
@@ -43,7 +44,9 @@ RUNS = {  # name: (script, flags, what is planted)
     "1/length": ("grpo", LENGTHS | {"loss_type": "grpo"}, ""),
     "dr_grpo": ("grpo", LENGTHS | {"loss_type": "dr_grpo"}, ""),
     "clipped": ("grpo", UPDATES, ""),
-    "unclipped": ("grpo", UPDATES | {"clip_low": 1e9, "clip_high": 1e9}, ""),
+    "unclipped": ("grpo", UPDATES | UNCLIPPED, ""),
+    "clipped, lr 4e-4": ("grpo", UPDATES | {"lr": 4e-4}, ""),
+    "unclipped, lr 4e-4": ("grpo", UPDATES | UNCLIPPED | {"lr": 4e-4}, ""),
     "clip-higher": ("grpo", UPDATES | {"clip_high": 0.28}, ""),
     # the sum of a completion's tokens, and the KL in the reward, as in REINFORCE: only the advantage differs
     "gradient, group's std": ("grpo", FIRST_STEP | {"loss_type": "dr_grpo", "kl_in_reward": True}, "keep_gradient"),
@@ -258,8 +261,13 @@ CLAIMS = {  # name: (claim, source, runs, what is compared, results -> (figure, 
     "maxrl": ("MaxRL raises pass@k", "[2602.02710](https://arxiv.org/abs/2602.02710)", (), "pass@4 (near its ceiling here), variants.py",
               lambda r: r.compare("maxrl", "binary", "eval_pass_at_4")),
     "clip": ("more than one epoch per rollout needs the clip", "PPO, [1707.06347](https://arxiv.org/abs/1707.06347)",
-             ("clipped", "unclipped"), "gold with 4 epochs of 4 minibatches per rollout, beta 0",
-             lambda r: r.compare("clipped", "unclipped", GOLD)),
+             ("clipped", "unclipped"), "gold with 4 epochs of 4 minibatches per rollout, beta 0, lr 1e-4; KL of both",
+             lambda r: r.beside(r.beside(r.compare("clipped", "unclipped", GOLD), "clipped", "eval_kl", digits=1),
+                                "unclipped", "eval_kl", digits=1)),
+    "clip-4e-4": ("the same, at four times the learning rate", "the same", ("clipped, lr 4e-4", "unclipped, lr 4e-4"),
+                  "gold; KL of both", lambda r: r.beside(r.beside(
+                      r.compare("clipped, lr 4e-4", "unclipped, lr 4e-4", GOLD), "clipped, lr 4e-4", "eval_kl", digits=1),
+                      "unclipped, lr 4e-4", "eval_kl", digits=1)),
     "clip-higher": ("clip-higher keeps entropy", "DAPO, [2503.14476](https://arxiv.org/abs/2503.14476)",
                     ("clip-higher", "clipped"), "entropy of the last 10 of the same steps, nats per token",
                     lambda r: r.compare("clip-higher", "clipped", "entropy", digits=4)),
