@@ -27,6 +27,7 @@ from many import RESULTS, ROOT, check_names, commit, read_jsonl, run_all, show_t
 
 FILE, VARIANTS = RESULTS / "claims.jsonl", RESULTS / "variants.jsonl"
 CONTENT, SHORT = "benchmarks/claims.py:content", "benchmarks/claims.py:short"
+SEEDS = 5
 GRADIENTS = 16  # seeds, each a first step, for the noise of the gradient
 FIRST_STEP = {"steps": 1, "eval_prompts": 0, "prompts_per_step": 16, "group_size": 16}
 NO_KL = {"beta": 0.0, "max_kl": 1e9}  # max_kl: the KL is measured
@@ -75,7 +76,7 @@ class Args:
     """only docs/claims.md, from results/claims.jsonl"""
     only: tuple[str, ...] = ()
     """claims by name (default: all)"""
-    seeds: int = 5
+    seeds: int = SEEDS
     workers: int = 2
 
 
@@ -224,6 +225,8 @@ class Results:
         difference = statistics.fmean(a) - statistics.fmean(b)
         error = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
         figure = f"{mean_sd(a, digits)} against {mean_sd(b, digits)}"
+        if (seeds := min(len(a), len(b))) < SEEDS:
+            figure = f"{seeds} seeds: {figure}"
         if same:
             difference += 0.02
         if abs(difference) <= 2 * error:
