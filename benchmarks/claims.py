@@ -1,6 +1,6 @@
 """Known claims about these algorithms, each reproduced on the tiny world: does it hold here?
 
-    python benchmarks/claims.py                       # all runs: two and a half hours on two cores
+    python benchmarks/claims.py                       # all runs: more than three hours on two cores
     python benchmarks/claims.py --only clip dropout   # the runs of some claims
     python benchmarks/claims.py --table               # docs/claims.md again, from results/claims.jsonl
 
