@@ -33,7 +33,7 @@ from modeling import (UserError, body_of, cache_works, completion_outputs, conte
 
 def read_rows(path: str) -> list[tuple[str, dict]]:
     """[(where, row)] of a .jsonl or .jsonl.gz file, or of a hub dataset
-    owner/name[:config][:split]. `where` names the row in error messages."""
+    owner/name[[:config]:split]. `where` names the row in error messages."""
     if not Path(path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}", path):
         if not Path(path).parent.exists() and importlib.util.find_spec("datasets"):
             from datasets import load_dataset

@@ -48,7 +48,7 @@ class Args(PairArgs, SampleArgs):  # inherit the flags that all scripts have: fl
     model: str = "tiny/policy"
     """initial policy: folder or hub id of a causal LM"""
     data: str = "tiny/preferences.jsonl"
-    """pairs: .jsonl, .jsonl.gz, or hub dataset owner/name[:config][:split]"""
+    """pairs: .jsonl, .jsonl.gz, or hub dataset owner/name[[:config]:split]"""
     epochs: NonNegInt = 1
     """passes over the pairs (1 to 3; 0: evaluate only)"""
     pairs_per_step: PosInt = 32

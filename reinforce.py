@@ -56,7 +56,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     reward: tuple[str, ...] = ("tiny/reward_model",)
     """one or more: folder or hub id of a reward model (one label), or file.py:function"""
     data: str = "tiny/prompts.jsonl"
-    """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[:config][:split]"""
+    """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[[:config]:split]"""
     steps: NonNegInt = 40
     """rollouts to train on (real models: 200 to 2000; 0: evaluate only)"""
     prompts_per_step: PosInt = 16

@@ -44,7 +44,7 @@ class Args(PairArgs):  # inherits the flags that all scripts have: flags.py
     model: str = "tiny/policy"
     """initial model: folder or hub id of a causal LM, or of a reward model"""
     data: str = "tiny/preferences.jsonl"
-    """pairs: .jsonl, .jsonl.gz, or hub dataset owner/name[:config][:split]"""
+    """pairs: .jsonl, .jsonl.gz, or hub dataset owner/name[[:config]:split]"""
     epochs: NonNegInt = 1
     """passes over the pairs (1 to 2: reward models overfit soon; 0: evaluate only)"""
     pairs_per_step: PosInt = 32

@@ -55,7 +55,7 @@ class Args:
     b: str = "tiny/policy"
     """another one, or the same: then two of its samples are compared"""
     data: str = "tiny/heldout.jsonl"
-    """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[:config][:split]"""
+    """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[[:config]:split]"""
     prompt_column: str = "prompt"
     """column with the prompt: a string or a list of chat messages"""
     prompts: NonNegInt = 0

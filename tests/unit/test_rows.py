@@ -260,7 +260,7 @@ def test_a_lone_surrogate_is_reported_with_its_line(tmp_path):
 
 
 def test_hub_datasets(monkeypatch):
-    """owner/name[:config][:split]; without the library, or where the hub has none, one line says so."""
+    """owner/name[[:config]:split]; without the library, or where the hub has none, one line says so."""
     calls, hub = [], types.ModuleType("datasets")
 
     def load_dataset(name, *config, split):
