@@ -38,8 +38,8 @@ class Evaluator:
                 raise UserError(f"--resume {run.dir}: other held-out prompts than before: "
                                 "keep --eval-data, --eval-prompts and --eval-samples")
             saved = read_json(run.dir / "args.json", f"--resume {run.dir}")
-            for name in ("gold", "reward", "reward_weights", "reward_combine", "reference",
-                         "max_new_tokens", "temperature"):
+            for name in ("gold", "reward", "reward_weights", "reward_combine", "model",
+                         "reference", "max_new_tokens", "temperature"):
                 value = writable(getattr(run.args, name, None))
                 before = saved.get(name, value)
                 if value not in (before, [before]):  # older runs have one reward, not a list
@@ -47,8 +47,9 @@ class Evaluator:
                         raise UserError(f"--{name.replace('_', '-')}: cannot change on "
                                         "--resume where the reference was renewed")
                     print(f"--{name.replace('_', '-')} has changed: the reference's "
-                          "completions are sampled again, and compared by it")
-                    self.baseline = []
+                          "completions so far are dropped, and sampled again (unless "
+                          "no reference is loaded)")
+                    self.baseline, run.outdated = [], [path]
 
     def __call__(self, step: int, policy, reference, metrics=()):
         """Logs an evaluation, with the script's own metrics of it."""

@@ -134,6 +134,7 @@ def load_model(auto_class, name: str, device, **config_changes):
     model.new_modules = sorted({key.rpartition(".")[0] for key in missing})
     model.to(device)
     if hasattr(model, "score"):
+        model.score.__class__ = Float32Linear  # the same weights
         cache_works(body_of(model))  # found out while all weights are float32
     return model, missing
 
@@ -164,11 +165,19 @@ def load_body(name: str, device):
     else:
         model = load_causal_lm(name, device)
         weight, bias = torch.zeros_like(model.get_output_embeddings().weight[:1]), 0.0
-    head = torch.nn.Linear(weight.shape[1], 1, device=device, dtype=weight.dtype)
+    head = Float32Linear(weight.shape[1], 1, device=device, dtype=weight.dtype)
     head.load_state_dict({"weight": weight, "bias": torch.tensor([bias])})
     body = body_of(model)
     cache_works(body)  # found out while all weights are float32
     return body, head
+
+
+class Float32Linear(torch.nn.Linear):
+    """A head that computes in float32 under autocast, too: in bfloat16, scores from 8 to 16
+    would be rounded to multiples of 1/16, and groups would have ties."""
+    def forward(self, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return super().forward(hidden.to(self.weight.dtype))
 
 
 def body_of(model):

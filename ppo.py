@@ -165,7 +165,7 @@ def beta_change(kl: float, completions: int, args) -> float:
     """The factor by which a step with this mean KL changes beta (Ziegler et al. 2019, sec.
     2.2; the target of 6 and the horizon are their code's)."""
     error = max(-0.2, min(0.2, kl / args.kl_target - 1))
-    return 1 + error * completions / args.kl_horizon
+    return 1 + error * min(1, completions / args.kl_horizon)  # so beta stays above 0
 
 
 def explained_variance(values, returns, mask):

@@ -34,7 +34,7 @@ def save_last_step():
     """Saves what a failed run has trained, unless it failed in the middle of an update."""
     run = Run.newest and Run.newest()
     if run and run.unsaved and run.world_size == 1:
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(Exception):  # the first error is the one to tell
             run.save(run.step_done)
             print(f"saved step {run.step_done}" + run.to_continue())
 
@@ -107,7 +107,8 @@ class Run:
         Run.newest, self.unsaved = weakref.ref(self), False
         self.args, self.state, self.frozen, self.trained = args, {"step": 0, "rows": 0}, [], {}
         self.step, self.steps = 0, getattr(args, "steps", 0)
-        self.bf16 = self.stopped = False
+        self.bf16 = self.stopped = self._precision_chosen = False
+        self.outdated = []  # files that flags of --resume make useless
         self.metrics = {}  # the last step's, and the last evaluation's
         self._rows, self._orders, self._phases, self._interrupts = [], {}, [], []
         self._hopeless = {}
@@ -164,16 +165,18 @@ class Run:
 
     def trainable(self, model):
         """A model made ready for training by the flags: precision, LoRA, memory, processes."""
-        args, self.bf16 = self.args, self.args.dtype == "bfloat16"
-        large = model.num_parameters() > 50e6
-        if args.dtype == "auto":  # where bfloat16 was measured to be faster
-            cpu = getattr(torch.cpu, "get_capabilities", dict)()
-            self.bf16 = large and bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-            if self.device.type == "cuda":
+        args, large = self.args, model.num_parameters() > 50e6
+        if not self._precision_chosen:  # by the first model, which --lr is for as well
+            self.bf16, self._precision_chosen = args.dtype == "bfloat16", True
+            if args.dtype == "auto" and self.device.type == "cuda":
                 self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        if large and hasattr(args, "lr") and args.lr == type(args).lr:
-            raise UserError(f"--lr: the default, {args.lr:g}, is for the tiny model: set one "
-                            f"for {model.num_parameters() / 1e6:.0f} M parameters (--help)")
+            elif args.dtype == "auto":  # on CPUs where bfloat16 was measured to be faster
+                cpu = getattr(torch.cpu, "get_capabilities", dict)()
+                self.bf16 = large and bool(cpu.get("amx_bf16"))
+            if large and hasattr(args, "lr") and args.lr == type(args).lr:
+                raise UserError(f"--lr: the default, {args.lr:g}, is for the tiny model: set "
+                                f"one for {model.num_parameters() / 1e6:.0f} M parameters "
+                                "(--help)")
         if args.lora_rank:
             try:
                 from peft import LoraConfig, get_peft_model
@@ -499,7 +502,6 @@ class Run:
                       f", gradients and AdamW moments ({tuned / 1e6:.2f} M trained)"
                       if tuned else ""))
 
-
     def _open(self):
         """Makes the run's folder, locks it against other processes, and checks its disk."""
         try:
@@ -514,11 +516,14 @@ class Run:
         except OSError as error:
             raise UserError(f"--run-dir: {self.dir} cannot be made: {error.strerror}")
         self._check_folder()  # once more: another process may have finished since
+        for path in self.outdated:
+            path.unlink(missing_ok=True)
         trained = sum(p.numel() for model, _, _ in self.trained.values()
                       for p in model.parameters() if p.requires_grad)
         needed = trained * (16 if self.args.resumable else 4)
-        free = shutil.disk_usage(self.dir).free
-        if free < needed * (self.args.keep_checkpoints + 1):
+        free, written = shutil.disk_usage(self.dir).free, len(list(
+            self.dir.glob("checkpoint-*[0-9]")))
+        if self.steps and free < needed * max(1, self.args.keep_checkpoints + 1 - written):
             raise UserError(f"--run-dir: {self.dir} has {free / 2**30:.1f} GiB free, and a "
                             f"checkpoint takes {needed / 2**30:.1f}: make room, or lower "
                             "--keep-checkpoints")

@@ -60,6 +60,8 @@ def load_run(folder: str, device: str):
     if not complete(run.dir):
         raise UserError(f"{folder}: has no checkpoint yet")
     _, checkpoint = complete(run.dir)[-1]
+    if flags.get("renew_reference_every"):
+        raise UserError(f"{folder}: has renewed its reference (--renew-reference-every), which this tool does not load")
     if not (checkpoint / "resume").is_dir():
         raise UserError(f"{checkpoint}: was saved with --no-resumable, so it holds the policy alone: no critic, and "
                         "no state of the run")

@@ -117,6 +117,15 @@ def a_run(tmp_path_factory):
     return run
 
 
+def test_a_renewed_reference_is_refused(a_run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(a_run, copy)
+    flags = json.loads((copy / "args.json").read_text())
+    (copy / "args.json").write_text(json.dumps(flags | {"renew_reference_every": 1}))
+    with pytest.raises(common.UserError, match="--renew-reference-every"):
+        credit.load_run(str(copy), "cpu")
+
+
 def test_nothing_runs_that_a_checkpoint_holds(a_run, tmp_path):
     class Attack:
         def __reduce__(self):

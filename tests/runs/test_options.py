@@ -97,6 +97,13 @@ def test_on_resume_other_weights_score_the_reference_anew(tmp_path, file, capsys
     baseline = read(tmp_path / "run/baseline.jsonl")
     assert last["eval_reference_reward"] == pytest.approx(sum(row["reward"] for row in baseline) / len(baseline), 1e-3)
     assert baseline[0]["reward"] == pytest.approx(-baseline[0]["reward/right"])  # the second leaves it out
+    # the run is finished: nothing is sampled, and the next resume must not take the old scores for its own
+    command("grpo", "--resume", tmp_path / "run", "--reward-weights", "2", "2")
+    command("grpo", "--resume", tmp_path / "run", "--steps", "4")
+    last = evaluations_of(read(tmp_path / "run/metrics.jsonl"))[-1]
+    baseline = read(tmp_path / "run/baseline.jsonl")
+    assert baseline[0]["reward"] == pytest.approx(2 * baseline[0]["reward/right"])
+    assert last["eval_reference_reward"] == pytest.approx(sum(row["reward"] for row in baseline) / len(baseline), 1e-3)
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -221,6 +221,19 @@ def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch, cap
     error = fails(capsys, "grpo", **small_flags("grpo", tmp_path / "run"))
     assert "has 0.0 GiB free" in error and "--keep-checkpoints" in error
     assert not (tmp_path / "run/metrics.jsonl").exists()
+    command("grpo", **small_flags("grpo", tmp_path / "other") | dict(steps=0))  # writes no checkpoint
+
+
+def test_a_resumed_run_needs_room_for_its_next_checkpoint_only(tmp_path, monkeypatch, capsys):
+    command("grpo", **small_flags("grpo", tmp_path / "run") | dict(steps=1))
+    usage, size = shutil.disk_usage(tmp_path), 16 * sum(
+        p.numel() for p in modeling.load_causal_lm("tiny/policy", "cpu").parameters())
+    for free, enough in ((1.5, True), (0.5, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(free * size)))
+        if enough:
+            command("grpo", resume=tmp_path / "run", steps=2)
+        else:
+            assert "GiB free" in fails(capsys, "grpo", resume=tmp_path / "run", steps=3)
 
 
 # --- numbers that are not finite

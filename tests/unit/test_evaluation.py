@@ -335,6 +335,7 @@ def test_a_resumed_run_keeps_its_baseline_and_its_prompts(tmp_path, capsys):
     run.args.max_new_tokens = 99  # other completions: they cannot be compared with those
     assert Evaluator(run, ROWS, by_length, None, None).baseline == []
     assert "--max-new-tokens has changed" in capsys.readouterr().out
+    assert run.outdated == [run.dir / "baseline.jsonl"]  # for Run.resume to delete
     refuses(lambda: Evaluator(run, ROWS[:2], by_length, None, None), "--resume", "held-out prompts", "--eval-samples")
     run.args.eval_samples = 2
     refuses(lambda: Evaluator(run, ROWS, by_length, None, None), "--resume", "held-out prompts", "--eval-samples")

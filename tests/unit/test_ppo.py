@@ -118,6 +118,7 @@ def test_beta_change_by_hand():
     for kl, factor in ((6, 1), (6.6, 1 + 0.1 * 0.0256), (60, 1 + 0.2 * 0.0256),
                        (5.4, 1 - 0.1 * 0.0256), (0, 1 - 0.2 * 0.0256), (-3, 1 - 0.2 * 0.0256)):
         assert ppo.beta_change(kl, 256, args) == pytest.approx(factor)
+    assert ppo.beta_change(0, 100_000, args) == pytest.approx(0.8)  # never below 0, however many completions
 
 
 def test_explained_variance():

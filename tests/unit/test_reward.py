@@ -235,6 +235,7 @@ def test_scores_under_bfloat16_are_float32(tmp_path, tokenizer):
     save_reward_model(tmp_path, tokenizer)
     plain, fast = (common.load_reward(str(tmp_path), "cpu", bf16)(QUESTIONS, ANSWERS) for bf16 in (False, True))
     assert fast.dtype == torch.float32 and 0 < (plain - fast).abs().max() < 0.1
+    assert (fast.bfloat16() != fast).all()  # the head is not rounded to 8 bits
 
 
 def test_a_mistake_is_one_line_on_stderr(tmp_path, tokenizer):
