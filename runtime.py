@@ -453,14 +453,14 @@ class Run:
             self.bar.update()
 
     def _warn_once(self, row: dict):
-        """Says what it means that a metric was 1 in five steps on end."""
+        """Says what it means that a metric was 1 in five steps in a row."""
         if getattr(self.args, "group_size", 1) == 1:
             row = row | {"zero_std_groups": 0}
         for name, meaning in HOPELESS.items():
             count = self._hopeless.get(name, 0)
             self._hopeless[name] = count + 1 if row.get(name) == 1 or count >= 5 else 0
             if count == 4 and self._hopeless[name] == 5:
-                tqdm.write(f"warning: {name} was 1 in five steps on end: {meaning}")
+                tqdm.write(f"warning: {name} was 1 in five steps in a row: {meaning}")
 
     # --- checkpoints
 

@@ -156,13 +156,13 @@ def test_if_all_groups_stay_flat_nothing_is_learned_and_one_line_says_so(tmp_pat
                        eval_prompts=0))
     assert all(row["groups_replaced"] == 3 and row["zero_std_groups"] == 1 and row["grad_norm"] == 0 for row in log)
     out = capsys.readouterr().out
-    assert out.count("warning: zero_std_groups was 1 in five steps on end") == 1
+    assert out.count("warning: zero_std_groups was 1 in five steps in a row") == 1
     assert out.index("warning") > out.index("step    4") and "--group-size" in out
 
 
 def test_cut_completions_are_said_in_one_line(tmp_path, capsys):
     run("reinforce", tmp_path / "run", steps=6, max_new_tokens=1, eval_prompts=0)
-    assert capsys.readouterr().out.count("warning: truncated was 1 in five steps on end") == 1
+    assert capsys.readouterr().out.count("warning: truncated was 1 in five steps in a row") == 1
 
 
 # --- the reference
