@@ -7,8 +7,8 @@ a completion is how much better it scored than its group, so no critic is needed
                                    - beta * (exp(-d_t) - 1 + d_t) ) ]
 
     A     = (r - mean of the group's r) / std of the group's r     one per completion
-    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)       1 in the first update of a rollout:
-                                                            with one, the default, no clipping
+    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)       1 in the first update of a rollout.
+                                                            The default makes one: no clipping
     d_t   = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     exp(-d) - 1 + d estimates the KL
 
 Differences from the paper:
@@ -32,9 +32,9 @@ rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/conver
 
     python grpo.py                                  # the tiny world: a minute on a laptop
     python grpo.py --help                           # the ranges of flags for real models
-    python grpo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
+    python grpo.py --model MODEL --reward REWARD --data DATA --lr 1e-6 --max-new-tokens 512
 
-Watch eval_gold (or your own held-out measure) next to reward: if only reward
+Watch eval_gold (--gold: a measure that you trust more) next to reward: if only reward
 rises, it is being hacked. If length_correlation is far above 0, the reward
 pays for length. If zero_std_groups is near 1, the prompts are too easy or too hard.
 """
@@ -109,7 +109,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
 # --- the algorithm
 
 def group_advantages(rewards, group_size: int, scale: str = "group"):
-    """Advantage of each completion over its group, (B,) (DeepSeekMath, sec. 4.1.2).
+    """Advantage of each of B completions over its group, (B,) (DeepSeekMath, sec. 4.1.2).
 
     rewards: (B,), group after group; nan marks a completion without a score, which gets 0.
     scale "none": Dr. GRPO (Liu et al. 2025, arXiv:2503.20783). "mean", for rewards of 0 or 1:
@@ -119,7 +119,7 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
     groups = rewards.double().view(-1, group_size)  # (prompts, G)
     mean, n = groups.nanmean(1, keepdim=True), (~groups.isnan()).sum(1, keepdim=True)
     squares = (groups - mean).square().nansum(1, keepdim=True)  # (prompts, 1), like n
-    if scale == "batch":  # around the mean of all rewards in all processes; both become ()
+    if scale == "batch":  # one std for all, around the mean of all; n and squares become ()
         n = all_sum(n.sum()).clamp(min=1)
         squares = all_sum((groups - all_sum(groups.nansum()) / n).square().nansum())
     if scale == "mean" and (groups < 0).any():
@@ -132,7 +132,7 @@ def group_advantages(rewards, group_size: int, scale: str = "group"):
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss_type: str, clip_low: float,
                 clip_high: float):
-    """Returns (loss, clipped_low, clipped_high), each (B, T): the loss of each token, and
+    """Returns (loss, clipped_low, clipped_high), each (B, T), T tokens: each one's loss, and
     whether the clip changed it by raising the ratio or by lowering it.
 
     logprobs, old_logprobs, mask: (B, T); advantages: (B,).
@@ -266,7 +266,7 @@ def main(args: Args):
     trained = {"policy": (policy, optimizer, scheduler)}
 
     # --- setup of the algorithm
-    # with one update per rollout, its forward pass also gives old_logprobs: step 3 skips them
+    # one update per rollout: its forward pass gives old_logprobs, unless rewards need them
     single_update = args.epochs * args.minibatches == 1 and not args.kl_in_reward
 
     # --- steps
@@ -300,13 +300,13 @@ def main(args: Args):
                 flat, (prompts, rollout, scores), (others, new, new_scores))
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # computed again: the sampler's differ by rounding (sampler_gap)
+        run.phase("logprobs")  # not the sampler's, which differ by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # this alias says that there is no reference
+            ref_logprobs = old_logprobs  # without a reference, rollout_metrics sees this alias
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
@@ -317,7 +317,7 @@ def main(args: Args):
         in_loss = ~scores.isnan() & ~(rollout.truncated & args.mask_truncated)  # (B,)
         loss_mask = rollout.mask * in_loss[:, None]  # (B, T)
         if args.kl_in_reward:
-            rewards = rewards - args.beta * kl_estimate(old_logprobs, ref_logprobs).sum(1)
+            rewards -= args.beta * kl_estimate(old_logprobs, ref_logprobs, "k1").sum(1)
         advantages = group_advantages(rewards, args.group_size, args.scale_rewards)  # (B,)
 
         # 5. update

@@ -317,13 +317,13 @@ def main(args: Args):
         scores = reward(repeat(prompts, args.group_size), rollout.texts)  # (B,); nan: no score
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # computed again: the sampler's differ by rounding (sampler_gap)
+        run.phase("logprobs")  # not the sampler's, which differ by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # this alias says that there is no reference
+            ref_logprobs = old_logprobs  # without a reference, rollout_metrics sees this alias
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,

@@ -184,7 +184,7 @@ def test_differs_completions_without_a_reward_are_not_in_our_mean(tmp_path):
 
 
 def test_differs_our_dapo_counts_the_tokens_of_the_update(tmp_path):
-    # DAPO, eq. 8, is a mean over the tokens of the update. With two updates per pass, TRL divides
+    # DAPO, eq. 8, is a mean over the tokens of a group; here, of the update. With two updates per pass, TRL divides
     # each by half of the rollout's tokens.
     peer = trainer(tmp_path, "dapo", per_device_train_batch_size=B // 2,
                    steps_per_generation=2)
