@@ -108,15 +108,17 @@ def measure(args: Args):
 
 def table(rows: list[dict]) -> str:
     """As docs/measurements.md has it: means over the seeds (lowest to highest)."""
-    steps = sorted({int(step) for row in rows for step in row["held"]})
+    steps = sorted({int(step) for row in rows if row["name"] != "dpo" for step in row["held"]})
     lines = ["| | seeds | " + " | ".join(f"step {step}" for step in steps) +
-             " | training passes 0.95 at step | KL | peak memory, MiB |", "|---" * (len(steps) + 5) + "|"]
+             " (DPO: its last) | training passes 0.95 at step | KL | peak memory, MiB |", "|---" * (len(steps) + 5) + "|"]
     for name in RUNS:
         own = [row for row in rows if row["name"] == name]
         if own:
             cells = []
             for step in steps:
                 values = [row["held"][str(step)] for row in own if str(step) in row["held"]]
+                if step == steps[-1]:  # DPO has steps of its own
+                    values = [list(row["held"].values())[-1] for row in own]
                 spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.2f}{spread}" if values else "")
             passed = [next((i for i, value in enumerate(row["train"], 1) if value > 0.95), None) for row in own]
