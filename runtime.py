@@ -477,6 +477,8 @@ class Run:
             load_checkpoint(self)
         step = self.state["step"]
         if self.rank == 0:
+            for path in self.outdated:
+                path.unlink(missing_ok=True)
             flags = {k: writable(v) for k, v in vars(self.args).items()} | {"resume": ""}
             write_json(self.dir / "args.json", flags | {"ran_with": versions(self.device)})
             if self.args.tensorboard:
@@ -516,8 +518,6 @@ class Run:
         except OSError as error:
             raise UserError(f"--run-dir: {self.dir} cannot be made: {error.strerror}")
         self._check_folder()  # once more: another process may have finished since
-        for path in self.outdated:
-            path.unlink(missing_ok=True)
         trained = sum(p.numel() for model, _, _ in self.trained.values()
                       for p in model.parameters() if p.requires_grad)
         needed = trained * (16 if self.args.resumable else 4)
