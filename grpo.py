@@ -32,7 +32,7 @@ rollout and --kl-in-reward --scale-rewards none --loss-type dr_grpo (docs/conver
 
     python grpo.py                                  # the tiny world: a minute on a laptop
     python grpo.py --help                           # the ranges of flags for real models
-    python grpo.py --model MODEL --reward REWARD --data DATA --lr 1e-6 --max-new-tokens 512
+    python grpo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
 
 Watch eval_gold (--gold: a measure that you trust more) next to reward: if only reward
 rises, it is being hacked. If length_correlation is far above 0, the reward

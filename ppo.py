@@ -28,7 +28,7 @@ ones the mean over tokens turns it by a few degrees (docs/convergence.md).
     python ppo.py --help                            # the ranges of flags for real models
     python ppo.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6 --critic-lr 1e-5
 
-Watch eval_gold (or your own held-out measure) next to reward: if only reward
+Watch eval_gold (--gold: a measure that you trust more) next to reward: if only reward
 rises, it is being hacked. If explained_variance is near or below 0, the critic
 knows nothing yet (in the default run for some five steps: a reward model's head
 says little before the last token). approx_kl is how far a rollout's updates go.

@@ -29,7 +29,7 @@ the group's mean. This shrinks it to (G - 1) / G (with --kl-per-token only the r
     python reinforce.py --help                      # the ranges of flags for real models
     python reinforce.py --model MODEL --reward REWARD --data PROMPTS.jsonl --lr 1e-6
 
-Watch eval_gold (or your own held-out measure) next to reward: if only reward
+Watch eval_gold (--gold: a measure that you trust more) next to reward: if only reward
 rises, it is being hacked. If length_correlation is far above 0, the reward
 pays for length. advantage_std is what the baseline leaves: the gradient's noise.
 """
