@@ -35,6 +35,7 @@ KINDS = {"words": "verbosity: words per answer", "sycophantic": "sycophancy: acc
 DIAGNOSTICS = "length", "length_correlation", "truncated", "distinct_3", "entropy", "reward"
 GOLD_FELL = 0.3  # gold's standard error over the prompts of an evaluation is 0.1, and less for differences in a run
 SAMPLES = 128  # per prompt, for best-of-n
+STARTS = 16  # first steps, for the range in which a metric is before training
 
 
 @dataclass
@@ -113,6 +114,15 @@ def best_of_n(reward, gold) -> list[dict]:
     return found
 
 
+def starts(workers: int) -> list[dict]:
+    """Rows with the metrics of STARTS first steps, each of other prompts and completions of the initial policy."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [("grpo", ONLINE | {"seed": seed, "steps": 1, "eval_prompts": 0, "run_dir": f"{folder}/start-{seed}"})
+                for seed in range(STARTS)]
+        return [{"algorithm": "start", "seed": job[1]["seed"], **commit(),
+                 "first": read_jsonl(Path(job[1]["run_dir"]) / "metrics.jsonl")[0]} for job, *_ in run_all(jobs, workers)]
+
+
 def measure(args: Args) -> list[dict]:
     from common import load_reward
     reward = load_reward("tiny/biased_reward_model", "cpu")
@@ -131,7 +141,7 @@ def measure(args: Args) -> list[dict]:
                     elif script != "dpo":
                         jobs.append((script, flags | ONLINE))
         found = [row for job, *_ in run_all(jobs, args.workers) for row in rows_of(job, reward)]
-    return found + best_of_n(reward, gold)
+    return found + best_of_n(reward, gold) + starts(args.workers)
 
 
 def curves_of(rows: list[dict], algorithm: str, beta: float) -> list[list[dict]]:
@@ -189,10 +199,10 @@ def draw(rows: list[dict]):
 
 def first_moves(rows: list[dict]) -> list[dict]:
     """For each on-policy algorithm and beta, medians over seeds: the first of two consecutive training steps at which a
-    diagnostic was outside its range at step 1 over all runs (mean and three standard deviations); the evaluation
-    at which gold had fallen by GOLD_FELL, and the KL there."""
+    diagnostic was outside its range before training (mean and three standard deviations over first steps); the
+    evaluation at which gold had fallen by GOLD_FELL, and the KL there."""
     found = []
-    starts = [row["log"][0] for row in rows if "log" in row]
+    starts = [row["first"] for row in rows if row["algorithm"] == "start"]
     usual = {k: (statistics.fmean(s[k] for s in starts), statistics.stdev(s[k] for s in starts)) for k in DIAGNOSTICS}
     for algorithm in ALGORITHMS[:3]:
         for beta in BETAS:
@@ -228,8 +238,8 @@ def main(args: Args):
     print("the step by which a metric had moved, and gold had fallen, medians over seeds (inf: never)")
     for row in first_moves(rows):
         print("  ".join(f"{k} {v:.3g}" if not isinstance(v, str) else f"{v:9}" for k, v in row.items()))
-    starts = [row["log"][0]["length_correlation"] for row in rows if "log" in row]
-    print(f"length_correlation at step 1, before the first update: {statistics.fmean(starts):.2f}")
+    first = [row["first"]["length_correlation"] for row in rows if row["algorithm"] == "start"]
+    print(f"length_correlation at step 1, before the first update: {statistics.fmean(first):.2f}")
 
 
 if __name__ == "__main__":
