@@ -52,12 +52,15 @@ def save_checkpoint(run: Run, step: int):
                     "updates": updates, "checksums": checksums(part / "resume")})
             part.rename(folder)
             run.unsaved = False
-            for _, old in complete(run.dir)[:-run.args.keep_checkpoints]:
+            others = [path for _, path in complete(run.dir) if path != folder]
+            for old in others[:len(others) + 1 - run.args.keep_checkpoints]:
                 shutil.rmtree(old)
     except (Exception, dcp.api.CheckpointException) as error:  # each library has its own
+        reason = last_line(error)
+        if "unexpected pos" in reason:  # torch's words for a write that fell short
+            reason = "the disk is full"
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{folder}: not written: {last_line(error)} (earlier checkpoints "
-                        "are untouched)")
+        raise UserError(f"{folder}: not written: {reason} (earlier checkpoints are untouched)")
     if run.stopped:
         print(f"stopped after step {step}" + run.to_continue())
     if step == run.steps:
@@ -78,9 +81,17 @@ def load_checkpoint(run: Run):
             run.args.reference != before["reference"]):
         raise UserError(f"{where}: --renew-reference-every cannot be switched on or off, "
                         "nor the --reference changed that it renews")
+    # a step's place in the data and in the learning rate's schedule is counted in these
+    for name in ("seed", "prompts_per_step", "pairs_per_step", "minibatches") + (
+            ("epochs",) if hasattr(run.args, "minibatches") else ()):
+        if name in before and getattr(run.args, name) != before[name]:
+            raise UserError(f"{where}: --{name.replace('_', '-')} stays {before[name]}: for "
+                            f"another one, start a new run with --model {folder}")
     saved = read_json(folder / "resume/state.json", where)
     try:
         check_state(run, folder, saved)
+        if saved["step"] != step:
+            raise UserError(f"its folder is named {step}, and it is of step {saved['step']}")
         with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors(run), checkpoint_id=folder / "resume",
                      no_dist=not dist.is_initialized())

@@ -45,7 +45,7 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
             return [(f"{path}[{i}]", row) for i, row in enumerate(rows)]
         raise UserError(f"{path}: no such file (hub datasets: pip install datasets)")
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {'not a' if Path(path).exists() else 'no such'} file")
     try:
         opened = gzip.open if path.endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8-sig") as file:  # some begin with a mark
@@ -211,7 +211,8 @@ def load_tokenizer(name: str):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{name}: no tokenizer loads from it: {first_line(error)}")
+        raise UserError(f"{name}: no tokenizer loads from it (has it a tokenizer.json?): "
+                        f"{first_line(error)}")
     tokenizer.clean_up_tokenization_spaces = False  # decoded text is what was generated
     tokenizer.embedded = vocab_size  # how many tokens the model embeds; encode compares
     return tokenizer
@@ -333,9 +334,13 @@ def hold_out(rows: list, n: int, path: str, flag: str) -> tuple[list, list]:
     return rows[:len(rows) - n], rows[len(rows) - n:]
 
 
-def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest: int = 0):
+def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest: int = 0,
+                   otherwise: str = "set --max-prompt-tokens"):
     """Rows with their `prompt_ids`, without those longer than `longest` tokens (0: keep all).
-    A prompt that does not leave `room` for a completion is an error."""
+    A prompt that does not leave `room` for a completion is an error. otherwise: what a user
+    can do besides lowering --max-new-tokens."""
+    if rows and room <= 0:
+        raise UserError("--max-new-tokens: the model's context is no longer: lower it")
     prompts = encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows] or [""])
     kept = []
     for i, (row, ids) in enumerate(zip(rows, prompts), 1):
@@ -343,15 +348,16 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
             continue
         if not 0 < len(ids) <= room:
             raise UserError(
-                f"{path}: row {i}: a prompt of {len(ids)} tokens, and the model's context has "
-                f"room for {max(0, room)}: lower --max-new-tokens"
-                + (f", or set --max-prompt-tokens {room}" if room > 0 else ""))
+                f"{path}: prompt {i}, {str(row['prompt'])[:60]!r}, has {len(ids)} tokens, and "
+                f"the model's context has room for {room}: lower --max-new-tokens, or "
+                f"{otherwise}")
         kept.append({**row, "prompt_ids": ids})
     if len(kept) < len(rows):
         print(f"{path}: skipped {len(rows) - len(kept)} of {len(rows)} rows: longer than "
               f"{longest} tokens")
     if rows and not kept:
-        raise UserError(f"{path}: no prompt has at most {longest} tokens")
+        raise UserError(f"{path}: no prompt has at most {longest} tokens: lower "
+                        f"--max-new-tokens, or {otherwise}")
     return kept
 
 
@@ -621,8 +627,11 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     if callable(name) or re.search(r"\.py:\w+$", name):
         function = name if callable(name) else load_function(name)
         return lambda rows, completions: call_reward(name, function, rows, completions, device)
-    if name.endswith(".py"):
-        raise UserError(f"{name}: name the function in it as well: {name}:FUNCTION")
+    if re.search(r"\.py(:[^/]*)?$", name):
+        raise UserError(f"{name}: name a function of that file, as in file.py:FUNCTION")
+    if name.startswith("<"):  # by flags.writable
+        raise UserError(f"{name}: the program that began this run had passed this function: "
+                        "pass it again")
     tokenizer = load_tokenizer(name)
     if tokenizer.chat_template is None:
         print(f"{name}: has no chat template: it reads a prompt's text and right after it the "
@@ -709,7 +718,8 @@ def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
     if n > context_length(model):
         raise UserError(f"{tokenizer.name_or_path}: reads {context_length(model)} tokens, and "
                         f"the longest prompt with --max-new-tokens {max_new_tokens} has {n}: "
-                        "lower it, or set --max-prompt-tokens (reward_model.py: --max-tokens)")
+                        "lower it, or limit the prompts (--max-prompt-tokens; dpo.py and "
+                        "reward_model.py: --max-tokens)")
 
 
 @torch.no_grad()
@@ -722,7 +732,8 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192, prompts=
     if lengths.max() > limit:
         raise UserError(f"{tokenizer.name_or_path}: a conversation of {lengths.max()} tokens "
                         f"does not fit the reward model's context of {limit}: lower "
-                        "--max-new-tokens, or set --max-prompt-tokens")
+                        "--max-new-tokens, or limit the prompts (--max-prompt-tokens; dpo.py "
+                        "and reward_model.py: --max-tokens)")
     scores = torch.zeros(len(rows), device=model.device)
     for part in micro_batches(lengths, tokens):
         scores[part.to(model.device)] = score_ids(

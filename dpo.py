@@ -263,14 +263,15 @@ def main(args: Args):
     policy = run.trainable(load_causal_lm(args.model, run.device))  # LoRA, FSDP
     reference = run.load_reference(policy)  # with LoRA, the policy itself
     eos_ids = eos_token_ids(policy, tokenizer).tolist()
+    prompts = (read_prompts(args.sample_data, args.prompt_column, tokenizer)
+               if args.sample_data else eval_rows)[:args.eval_prompts]
+    room = context_length(policy) - args.max_new_tokens
+    prompts = encode_prompts(tokenizer, prompts, args.sample_data or args.data, room, room,
+                             "set --eval-prompts 0")
     longest = min(args.max_tokens or 2**31, context_length(policy))
     train_rows = encode_pairs(tokenizer, train_rows, args.data, longest, eos_ids)
     eval_rows = encode_pairs(tokenizer, eval_rows, args.eval_data or args.data, longest,
                              eos_ids)
-    prompts = (read_prompts(args.sample_data, args.prompt_column, tokenizer)
-               if args.sample_data else eval_rows)[:args.eval_prompts]
-    room = context_length(policy) - args.max_new_tokens
-    prompts = encode_prompts(tokenizer, prompts, args.sample_data or args.data, room, room)
     optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad),
                                   lr=args.lr, weight_decay=0.0, fused=True)
     run.steps = math.ceil(args.epochs * len(train_rows) / args.pairs_per_step)

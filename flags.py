@@ -294,10 +294,12 @@ def read_json(path: Path, where: str) -> dict:
 
 
 def writable(value):
-    """A flag's value as args.json has it: a function by its name, a tuple as a list."""
+    """A flag's value as args.json has it: a function as <NAME>, a tuple as a list."""
     if isinstance(value, tuple):
         return [writable(x) for x in value]
-    return getattr(value, "__name__", repr(value)) if callable(value) else value
+    if not callable(value):
+        return value
+    return f"<{getattr(value, '__name__', repr(value)).strip('<>')}>"
 
 
 def json_lines(rows: list[dict]) -> str:

@@ -62,6 +62,9 @@ def load_config(name: str, **changes):
             config_folder(name), trust_remote_code=False, **changes)
     except Exception as error:
         raise UserError(f"{name}: its config does not load: {first_line(error)}")
+    bias = getattr(config, "reward_bias", 0.0)
+    if not isinstance(bias, (int, float)) or not math.isfinite(bias):
+        raise UserError(f"{name}: config.json: reward_bias must be a number, not {bias!r}")
     config.return_dict, config.output_router_logits = True, False  # outputs as we read them
     text_config = config.get_text_config()  # of a multimodal model; or the config itself
     for part in (config, text_config):

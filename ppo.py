@@ -197,7 +197,8 @@ def load_critic(args: Args, reward, tokenizer, device):
     """A value model from a reward model, whose head it takes over, or from a causal LM, with a
     head of zeros."""
     fits = hasattr(getattr(reward, "model", None), "score") and same_tokens(
-        tokenizer, load_tokenizer(args.reward[0]))
+        tokenizer, load_tokenizer(args.reward[0])) and (
+        context_length(reward.model) >= context_length(args.model))
     name = args.critic or (args.reward[0] if fits else args.model)
     if not same_tokens(tokenizer, load_tokenizer(name)):
         raise UserError(f"--critic {name}: its tokenizer is not the policy's")
@@ -299,6 +300,8 @@ def main(args: Args):
     critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, args.warmup,
                                      args.steps * args.epochs * args.minibatches)
     trained["critic"] = critic, critic_optimizer, critic_scheduler
+    if 0 < args.steps <= args.critic_warmup:
+        print("--critic-warmup covers all --steps: the policy will not be trained")
 
     # --- steps
     first_step = run.resume(tokenizer, **trained)

@@ -141,7 +141,8 @@ def encode_pairs(tokenizer, rows: list[dict], path: str, longest: float, margin_
     for row, prompt, *whole in zip(rows, prompts, chosen, rejected):
         margin = row.get(margin_column) if margin_column else 0.0
         if not isinstance(margin, (int, float)) or not math.isfinite(margin):
-            raise UserError(f"{path}: a row has no number in the column {margin_column!r}")
+            raise UserError(f"{path}: the column {margin_column!r} must hold a number, not "
+                            f"{margin!r}, as for the prompt {str(row['prompt'])[:60]!r}")
         # both lose the same beginning of the prompt, and an answer only what it has too much
         excess = max(0, max(map(len, whole)) - longest)
         cut = min(excess, len(prompt))
@@ -238,7 +239,8 @@ def main(args: Args):
         room = context_length(reference) - args.max_new_tokens
         picked = torch.randperm(len(train_rows))[:args.bias_prompts]
         prompts = encode_prompts(reference_tokenizer, [train_rows[i] for i in picked],
-                                 args.data, room, min(args.max_tokens or room, room))
+                                 args.data, room, min(args.max_tokens or room, room),
+                                 "set --bias-prompts 0")
         check_room(model, tokenizer, prompts, args.max_new_tokens)
     model = run.trainable(model)  # LoRA, FSDP
     longest = min(args.max_tokens or 2**31, context_length(model))

@@ -127,7 +127,7 @@ class Run:
         warnings.filterwarnings("ignore", ".*(deterministic|gradient_checkpointing)")
 
     def _check_folder(self):
-        begun = {"args.json", "lock", "baseline.jsonl"}  # of a run that made no step
+        begun = {"args.json", "args.json.part", "lock", "baseline.jsonl"}  # without a step
         if self.dir.exists() and not self.args.resume and (
                 not self.dir.is_dir() or {path.name for path in self.dir.iterdir()} - begun):
             raise UserError(f"--run-dir: {self.dir} exists: name a new one, or move it away")
@@ -237,7 +237,7 @@ class Run:
         args, rewards = self.args, {}
         for name in names if isinstance(names, tuple) else (names,):
             reward = load_reward(name, self.device, self.bf16, args.micro_batch_tokens)
-            short = writable(name).rpartition(":")[2].rstrip("/").rpartition("/")[2]
+            short = writable(name).strip("<>/").rpartition(":")[2].rpartition("/")[2]
             while short in rewards:
                 short += "_"
             rewards[short] = reward
@@ -325,10 +325,10 @@ class Run:
         bad = gather_objects([repr(str(row["prompt"]).strip()[:60]) for row in self._rows
                               if not self._outputs_are_finite(model, row)])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise UserError(f"step {self.step}: the gradient is not finite, and was not used. "
-                        f"Rows with such outputs: {', '.join(bad[:3]) or 'none'}{more}. Lower "
-                        "--lr, or use --dtype float32; --resume continues from the newest "
-                        "checkpoint")
+        raise UserError(f"step {self.step}: the gradient is not finite, and was not used. " + (
+            f"Rows with such outputs: {', '.join(bad[:3])}{more}. Lower --lr, or use --dtype "
+            "float32; --resume continues from the newest checkpoint" if bad else
+            "All rows have finite outputs: the rewards or --beta may be too large, or --lr"))
 
     @torch.no_grad()
     def _outputs_are_finite(self, model, row: dict) -> bool:

@@ -82,7 +82,8 @@ def load_sampler(name: str, data: list[dict], args: Args):
     run = Run(RunArgs(device=args.device, dtype=args.dtype), __file__)
     tokenizer, model = load_tokenizer(name), run.trainable(load_causal_lm(name, run.device))
     freeze(model, run.bf16)
-    rows = encode_prompts(tokenizer, data, args.data, context_length(name) - args.max_new_tokens)
+    rows = encode_prompts(tokenizer, data, args.data, context_length(name) - args.max_new_tokens,
+                          otherwise="take the prompt out of the file")
 
     def sample(i: int, seed: int) -> str:
         torch.manual_seed(seed)
@@ -107,7 +108,9 @@ def load_judge(name: str, path: str):
         try:
             columns = {k: v for k, v in row.items() if k != "prompt"}
             choice = function(row["prompt"], first, second, **columns)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit, too
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(f"{where} raised {type(error).__name__}: {first_line(error)} "
                             f"({last.filename}:{last.lineno})")
@@ -261,8 +264,8 @@ def compare(args: Args, data: list[dict], paths: list[Path], pairs: list, ties: 
 
 
 def main(args: Args):
-    if not args.out.endswith(".jsonl"):
-        raise UserError(f"--out {args.out}: must end with .jsonl")
+    if not args.out.endswith(".jsonl") or args.out.endswith(".ties.jsonl"):
+        raise UserError(f"--out {args.out}: must end with .jsonl, and not with .ties.jsonl")
     args.a, args.b = args.a.rstrip("/"), args.b.rstrip("/")
     judge = load_judge(args.judge, args.data) if args.judge else None
     data = read_prompts(args.data, args.prompt_column)

@@ -47,6 +47,7 @@ def at_the_third(what):
     return judge
 
 raises = at_the_third(lambda: 1 / 0)
+exits = at_the_third(lambda: sys.exit(0))
 nonsense = at_the_third(lambda: "first")
 nothing = at_the_third(lambda: None)
 interrupts = at_the_third(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -209,6 +210,7 @@ def test_the_order_is_random_and_the_judge_is_not_told(judged, other, capsys):
 
 @pytest.mark.parametrize("judge, words", [
     ("raises", "raised ZeroDivisionError: division by zero"),
+    ("exits", "raised SystemExit: 0"),
     ("nonsense", """must return "1", "2", "=" or "s", not 'first'"""),
     ("nothing", """must return "1", "2", "=" or "s", not None""")])
 def test_an_error_in_a_judge_is_one_line_and_nothing_is_lost(judge, words, judged, tmp_path):
@@ -305,5 +307,6 @@ def test_wilson_interval():
 
 
 def test_an_error_is_one_line_on_the_command_line(tmp_path, monkeypatch, capsys):
-    error = fails_as_command(monkeypatch, capsys, "tools/compare.py", "--out", tmp_path / "pairs.txt")
-    assert error == f"error: --out {tmp_path}/pairs.txt: must end with .jsonl\n"
+    for name in ("pairs.txt", "pairs.ties.jsonl"):  # the latter has another comparison's ties
+        error = fails_as_command(monkeypatch, capsys, "tools/compare.py", "--out", tmp_path / name)
+        assert error == f"error: --out {tmp_path}/{name}: must end with .jsonl, and not with .ties.jsonl\n"

@@ -62,7 +62,7 @@ CASES = [  # script, flags, the beginning of the message
     ("reward_model", dict(label_smoothing=0.7), "--label-smoothing: must be from 0 to below 0.5"),
     ("reward_model", dict(centering=-1.0), f"--centering: {NEGATIVE}"),
     ("reward_model", dict(bias_prompts=-1), f"--bias-prompts: {NEGATIVE}"),
-    ("reward_model", dict(margin_column="price"), "@/pairs.jsonl: a row has no number in the column 'price'"),
+    ("reward_model", dict(margin_column="price"), "@/pairs.jsonl: the column 'price' must hold a number, not None, as for"),
     ("reward_model", dict(eval_by="price"), "--eval-by price: no held-out pair has that column"),
     ("reward_model", dict(bias_prompts=2, reference="tiny/reward_model"), "tiny/reward_model: not a causal LM"),
     # models
@@ -93,7 +93,7 @@ CASES = [  # script, flags, the beginning of the message
     ("dpo", dict(gold="tiny/policy"), "tiny/policy: not a reward model"),
     # rows
     ("grpo", dict(data="none.jsonl"), "none.jsonl: no such file"),
-    ("grpo", dict(data="@/folder"), "@/folder: no such file"),
+    ("grpo", dict(data="@/folder"), "@/folder: not a file"),
     ("grpo", dict(data="nobody/nothing:train"), "nobody/nothing:train: no"),
     ("grpo", dict(data="@/not-json.jsonl"), "@/not-json.jsonl:2: not JSON"),
     ("grpo", dict(data="@/deep.jsonl"), "@/deep.jsonl:1: not JSON"),
@@ -111,9 +111,9 @@ CASES = [  # script, flags, the beginning of the message
     *[("grpo", dict(data=f"@/{name}"), f"@/{name}: cannot be read as text") for name in (
         "utf-16.jsonl", "latin-1.jsonl", "not-gzip.jsonl.gz", "cut.jsonl.gz")],
     ("grpo", dict(data="@/one.jsonl"), "@/one.jsonl: 1 rows, and --eval-prompts 2 are held out"),
-    ("grpo", dict(data="@/long.jsonl"), "@/long.jsonl: row 1: a prompt of 30"),
+    ("grpo", dict(data="@/long.jsonl"), "@/long.jsonl: prompt 1, '"),
     ("grpo", dict(data="@/long.jsonl", max_prompt_tokens=2), "@/long.jsonl: no prompt has at most 2 tokens"),
-    ("grpo", dict(max_new_tokens=5000), "@/prompts.jsonl: row 1: a prompt of "),
+    ("grpo", dict(max_new_tokens=5000), "--max-new-tokens: the model's context is no longer"),
     ("grpo", dict(eval_data="@/question.jsonl"), "@/question.jsonl:1: no column 'prompt'"),
     ("dpo", dict(data="tiny/prompts.jsonl"), "tiny/prompts.jsonl:1: pairs need "),
     ("dpo", dict(sample_data="@/question.jsonl"), "@/question.jsonl:1: no column 'prompt'"),
@@ -130,7 +130,7 @@ CASES = [  # script, flags, the beginning of the message
     ("reward_model", dict(data="@/prompts.jsonl"), "@/prompts.jsonl:1: pairs need "),
     # reward functions
     ("grpo", dict(reward="@/none.py:f"), "@/none.py: no such file"),
-    ("grpo", dict(reward="@/rewards.py"), "@/rewards.py: name the function in it"),
+    ("grpo", dict(reward="@/rewards.py"), "@/rewards.py: name a function of that file"),
     ("grpo", dict(reward="@/rewards.py:nothing"), "@/rewards.py: has no function 'nothing'"),
     ("grpo", dict(reward="@/rewards.py:constant"), "@/rewards.py: has no function 'constant'"),
     ("grpo", dict(reward="@/syntax.py:f"), "@/syntax.py: cannot be imported: SyntaxError"),
@@ -157,6 +157,22 @@ CASES = [  # script, flags, the beginning of the message
      "--resume @/run: @/run/checkpoint-1 is damaged, or does not fit these flags: "),
     ("ppo", dict(resume="@/run-state"),
      "--resume @/run-state: @/run-state/checkpoint-1 is damaged, or does not fit these flags: "),
+    # the place in the data, and the learning rate's, are counted in these
+    *[("grpo", dict(resume="@/run", steps=2) | change, f"--resume @/run: --{flag} stays {value}: for another one, "
+       "start a new run with --model @/run/checkpoint-1") for change, flag, value in (
+        (dict(prompts_per_step=6), "prompts-per-step", 3), (dict(minibatches=2), "minibatches", 1),
+        (dict(epochs=2), "epochs", 1), (dict(seed=1), "seed", 0))],
+    ("dpo", dict(resume="@/run-pairs", pairs_per_step=4), "--resume @/run-pairs: --pairs-per-step stays 2"),
+    ("grpo", dict(resume="@/run-renamed", steps=9), "--resume @/run-renamed: @/run-renamed/checkpoint-7 is damaged, or "
+     "does not fit these flags: its folder is named 7, and it is of step 1"),
+    ("dpo", dict(max_new_tokens=192), "--max-new-tokens: the model's context is no longer"),
+    ("dpo", dict(max_new_tokens=190), "@/pairs.jsonl: no prompt has at most 2 tokens: lower --max-new-tokens, or set "
+     "--eval-prompts 0"),
+    ("reward_model", dict(max_new_tokens=190, bias_prompts=4), "@/pairs.jsonl: no prompt has at most 2 tokens: lower "
+     "--max-new-tokens, or set --bias-prompts 0"),
+    *[(name, {flag: "@/bias-text"}, "@/bias-text: config.json: reward_bias must be a number, not 'x'")
+      for name, flag in (("grpo", "reward"), ("ppo", "critic"))],
+    ("grpo", dict(reward="@/bias-null"), "@/bias-null: config.json: reward_bias must be a number, not None"),
     *[("grpo", dict(resume="@/run", steps=2) | change, "--resume @/run: other held-out prompts")
       for change in (dict(eval_samples=2), dict(eval_prompts=1), dict(eval_data="@/one.jsonl"))],
 ]
@@ -260,6 +276,8 @@ def make_models(at: Path):
     layers = json.loads(Path("tiny/policy/config.json").read_text())["num_hidden_layers"]
     change(model("a-layer-short") / "config.json", num_hidden_layers=layers + 1)
     change(model("short", "reward_model") / "config.json", max_position_embeddings=8)
+    change(model("bias-text", "reward_model") / "config.json", reward_bias="x")
+    change(model("bias-null", "reward_model") / "config.json", reward_bias=None)
     tokenizer = common.load_tokenizer("tiny/policy")
     sizes = dict(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                  num_attention_heads=1)
@@ -281,8 +299,10 @@ def make_runs(at: Path):
     flags = ONE_STEP | dict(data=str(at / "prompts.jsonl"), gold="")
     run("grpo", at / "run", **flags)
     run("ppo", at / "run-state", **flags)
-    for name in ("begun", "damaged", "torn"):
+    run("dpo", at / "run-pairs", **FLAGS["dpo"] | dict(data=str(at / "pairs.jsonl"), pairs_per_step=2, eval_prompts=0))
+    for name in ("begun", "damaged", "torn", "renamed"):
         shutil.copytree(at / "run", at / f"run-{name}")
+    (at / "run-renamed/checkpoint-1").rename(at / "run-renamed/checkpoint-7")
     shutil.rmtree(at / "run-begun/checkpoint-1")
     (at / "run-damaged/checkpoint-1/resume/state.json").write_text("{oops")
     for path in (at / "run-torn/checkpoint-1/resume").glob("*.distcp"):

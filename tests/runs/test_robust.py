@@ -117,7 +117,7 @@ def test_from_python_a_reward_is_a_function_and_ctrl_c_is_given_back(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     for name in ("one", "two"):
         grpo.main(grpo.Args(**small_flags("grpo", tmp_path / name, reward=short, **ONE)))
-        assert json.loads((tmp_path / name / "args.json").read_text())["reward"] == ["short"]
+        assert json.loads((tmp_path / name / "args.json").read_text())["reward"] == ["<short>"]
         assert signal.getsignal(signal.SIGINT) == before
     with pytest.raises(common.UserError, match="--loss-type: must be one of grpo, dapo"):
         grpo.Args(loss_type="gpro")
@@ -318,6 +318,50 @@ def test_from_python_folders_are_paths_and_rewards_any_function(tmp_path):
     flags = small_flags("grpo", tmp_path / "run", reward=functools.partial(by, 2.0), **ONE)
     folder, _ = grpo.main(grpo.Args(**flags | dict(run_dir=tmp_path / "run", lr=np.float64(0.001), beta=0)))
     assert "functools.partial" in json.loads((folder / "args.json").read_text())["reward"][0]
+
+
+def test_a_function_of_a_program_has_to_be_passed_again(tmp_path, capsys):
+    def short(completions, **columns):
+        return [-len(turns[-1]["content"]) for turns in completions]
+    folder, _ = grpo.main(grpo.Args(**small_flags("grpo", tmp_path / "run", reward=short, **ONE)))
+    words = "<short>: the program that began this run had passed this function: pass it again"
+    assert fails(capsys, "grpo", resume=folder, steps=2) == words
+    grpo.main(grpo.Args(resume=folder, steps=2, reward=short))
+    assert checkpoints(folder) == ["checkpoint-2"]
+
+
+def test_a_gold_function_of_pairs_gets_the_columns_of_the_data(tmp_path):
+    (tmp_path / "gold.py").write_text(
+        "def gold(prompts, completions, chosen, rejected, kind):\n    return [float(len(x)) for x in chosen]")
+    rows = [{"prompt": f"what is {w} ?", "chosen": "yes .", "rejected": "no .", "kind": "a"} for w in "a b c d e".split()]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = run("dpo", tmp_path / "run", data=f"{tmp_path}/pairs.jsonl", eval_pairs=2, eval_prompts=2,
+              gold=f"{tmp_path}/gold.py:gold", epochs=0, sample_data="")
+    assert log[0]["eval_gold"] == 5
+
+
+def test_the_checkpoint_just_written_stays_beside_one_with_a_higher_number(tmp_path):
+    def reward(completions, **columns):
+        (tmp_path / "run/checkpoint-99").mkdir(exist_ok=True)  # a copy that somebody keeps there
+        return [float(len(turns[-1]["content"])) for turns in completions]
+    grpo.main(grpo.Args(**small_flags("grpo", tmp_path / "run", reward=reward, **ONE) | dict(steps=2, save_every=1)))
+    assert "checkpoint-2" in checkpoints(tmp_path / "run")
+    assert "checkpoint-1" not in checkpoints(tmp_path / "run")
+
+
+def test_a_full_disk_is_named(damaged, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    monkeypatch.setattr(dcp, "save", full)
+    error = fails(capsys, "grpo", resume=damaged, steps=2)
+    assert error == f"{damaged}/checkpoint-2: not written: the disk is full (earlier checkpoints are untouched)"
+    assert checkpoints(damaged) == ["checkpoint-1"]
+
+
+def test_a_warmup_of_the_critic_as_long_as_the_run_is_said(tmp_path, capsys):
+    for steps, said in ((1, True), (2, False)):
+        run("ppo", tmp_path / f"run-{steps}", **ONE | dict(steps=steps, critic_warmup=1))
+        assert ("the policy will not be trained" in capsys.readouterr().out) == said
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(damaged, capsys, monkeypatch):

@@ -227,7 +227,7 @@ def test_a_margin_that_is_no_number(tmp_path, margin):
     path = write(tmp_path / "rows.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": %s}' % margin)
     rows = common.read_pairs(path)
     assert len(reward_model.encode_pairs(words(), rows, path, 64, "")) == 1
-    refuses(lambda: reward_model.encode_pairs(words(), rows, path, 64, "margin"), path, "no number", "'margin'")
+    refuses(lambda: reward_model.encode_pairs(words(), rows, path, 64, "margin"), path, "must hold a number", "'margin'")
 
 
 def test_an_empty_answer_without_an_end_of_sequence(capsys):

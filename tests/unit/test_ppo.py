@@ -278,6 +278,13 @@ def test_what_the_critic_starts_from(capsys, flags, expected):
     assert source.hidden_size == critic.config.hidden_size and critic.score.out_features == 1
 
 
+def test_a_reward_model_with_a_shorter_context_is_not_the_critics_start(capsys):
+    args, reward = ppo.Args(), common.load_reward("tiny/reward_model", "cpu")
+    reward.model.config.max_position_embeddings = 100  # the policy's: 192
+    ppo.load_critic(args, reward, common.load_tokenizer(args.model), "cpu")
+    assert "the critic starts from tiny/policy\n" in capsys.readouterr().out
+
+
 def test_a_reward_model_with_another_tokenizer_is_not_the_critics_start(tmp_path, capsys):
     other = save_reward_model(tmp_path / "rm", "llama", words=["<unk>"] + [f"v{i}" for i in range(29)])
     policy = save_policy(tmp_path / "policy")

@@ -127,7 +127,8 @@ def test_reward_functions_that_do_not_load(tmp_path):
 def test_a_reward_file_without_its_function_is_not_looked_up_on_the_hub(monkeypatch):
     """`rewards.py` could be a hub id, and half a minute would pass until the network says no."""
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("looked up"))
-    refuses(lambda: common.load_reward("rewards.py", "cpu"), "rewards.py: name the function", "rewards.py:FUNCTION")
+    refuses(lambda: common.load_reward("rewards.py", "cpu"), "rewards.py: name a function", "file.py:FUNCTION")
+    refuses(lambda: common.load_reward("rewards.py:", "cpu"), "rewards.py:: name a function")
 
 
 # --- reward models

@@ -174,7 +174,7 @@ def test_the_margin_is_a_column(tokenizer):
     for bad in (None, "1"):
         rows[1]["gap"] = bad
         refuses(lambda: encode_pairs(tokenizer, rows, "rows", 192, "gap"),
-                "rows: a row has no number in the column 'gap'")
+                "rows: the column 'gap' must hold a number")
 
 
 # --- scores, gradients and metrics

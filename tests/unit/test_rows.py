@@ -247,9 +247,14 @@ def test_unreadable_files(tmp_path, name):
     refuses(lambda: common.read_prompts(str(tmp_path / name)), tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "tiny/missing.jsonl", "a/b/c.jsonl", "tests", ""])
+@pytest.mark.parametrize("name", ["missing.jsonl", "tiny/missing.jsonl", "a/b/c.jsonl"])
 def test_missing_files(name):
     refuses(lambda: common.read_rows(name), name, "no such file")
+
+
+@pytest.mark.parametrize("name", ["tests", ""])
+def test_folders_are_no_files(name):
+    refuses(lambda: common.read_rows(name), name, "not a file")
 
 
 def test_a_lone_surrogate_is_reported_with_its_line(tmp_path):
@@ -307,7 +312,7 @@ def test_training_and_held_out_prompts_have_their_tokens(tmp_path, tokenizer):
     args.eval_data = ""
     assert common.load_prompts(args, tokenizer) == (train, [])
     args.max_new_tokens = 190  # the context has 192
-    refuses(lambda: common.load_prompts(args, tokenizer), "row 1: a prompt of", "room for 2")
+    refuses(lambda: common.load_prompts(args, tokenizer), "prompt 1, 'what is a ?', has ", "room for 2")
     args.eval_prompts = 5
     args.max_new_tokens = 8
     refuses(lambda: common.load_prompts(args, tokenizer), "5 rows", "--eval-prompts 5")

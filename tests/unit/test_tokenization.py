@@ -108,8 +108,9 @@ def test_prompts_that_are_too_long(tokenizer, capsys):
     assert tokens == ["<|user|>", "what", "is", "it", "<|end|>", "<|assistant|>"]
     assert common.encode_prompts(tokenizer, [], "rows", room=13) == []
     for room, longest, words in [
-            (12, 0, "rows: row 2: a prompt of 13 tokens"), (3, 5, "rows: row 3"),
-            (99, 3, "rows: no prompt has at most 3 tokens"), (-5, 0, "rows: row 1")]:
+            (12, 0, f"rows: prompt 2, {str(rows[1]['prompt'])[:60]!r}, has 13 tokens"),
+            (3, 5, "rows: prompt 3"), (99, 3, "rows: no prompt has at most 3 tokens"),
+            (0, 0, "--max-new-tokens: the model's context is no longer")]:
         refuses(lambda: common.encode_prompts(tokenizer, rows, "rows", room, longest), words)
 
 
