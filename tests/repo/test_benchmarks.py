@@ -1,6 +1,7 @@
 """The benchmarks: they start, and the arithmetic behind the figures in docs/ is right."""
 import itertools
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -277,3 +278,9 @@ def test_the_figures_are_of_all_runs():
     runs = {(row["algorithm"], row["beta"], row["seed"]) for row in rows if "beta" in row}
     assert len(runs) == 57 == 3 * (4 * len(hacking.BETAS) - 1)  # dpo has no beta 0
     assert [row["n"] for row in rows if "n" in row] == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize("path", sorted(Path("benchmarks/results").glob("*.jsonl")), ids=lambda path: path.name)
+def test_each_result_says_what_made_it(path):
+    for row in map(json.loads, path.read_text().splitlines()):
+        assert row["torch"] and row["transformers"] and re.fullmatch("[0-9a-f]{7,}", row["commit"])  # not "-dirty"
