@@ -340,7 +340,7 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
     A prompt that does not leave `room` for a completion is an error. otherwise: what a user
     can do besides lowering --max-new-tokens."""
     if rows and room <= 0:
-        raise UserError("--max-new-tokens: the model's context is no longer: lower it")
+        raise UserError("--max-new-tokens: leaves no room for a prompt: lower it")
     prompts = encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows] or [""])
     kept = []
     for i, (row, ids) in enumerate(zip(rows, prompts), 1):

@@ -7,8 +7,8 @@ a completion is how much better it scored than its group, so no critic is needed
                                    - beta * (exp(-d_t) - 1 + d_t) ) ]
 
     A     = (r - mean of the group's r) / std of the group's r     one per completion
-    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)       1 in the first update of a rollout.
-                                                            The default makes one: no clipping
+    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)          by default a rollout has one
+                                                               update: it is 1, no clipping
     d_t   = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     exp(-d) - 1 + d estimates the KL
 
 Differences from the paper:
@@ -18,10 +18,10 @@ Differences from the paper:
 3. Outcome rewards only, no process rewards.
 
 Its relatives. (With one update per rollout, GSPO, GMPO and SAPO have GRPO's gradient, and
-CISPO has DAPO's. CISPO's paper does not say its clip; this one is ours.)
+CISPO has DAPO's. CISPO's paper does not say its clip; 1 + 4 is ScaleRL's, arXiv:2510.13786.)
 
     DAPO        --loss-type dapo --clip-high 0.28 --minibatches 4 --beta 0 --max-resamples 5
-                --truncation-penalty 1 --max-new-tokens 20480 --overlong-window 4096
+                --truncation-penalty 1 --overlong-window 16  (the paper: 4096 of 20480 tokens)
     Dr. GRPO    --loss-type dr_grpo --scale-rewards none --beta 0
     GSPO        --loss-type gspo --clip-low 3e-4 --clip-high 4e-4 --minibatches 4 --beta 0
     CISPO       --loss-type cispo --clip-low 1 --clip-high 4 --minibatches 4 --beta 0
@@ -60,7 +60,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     """initial policy: folder or hub id of a causal LM"""
     reward: tuple[str, ...] = ("tiny/reward_model",)
     """one or more: folder or hub id of a reward model (one label), or file.py:function"""
-    data: str = "tiny/prompts.jsonl"
+    data: str = "tiny/prompts.jsonl"  # brings its own --eval-data and --gold
     """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[[:config]:split]"""
     steps: NonNegInt = 40
     """rollouts to train on (real models: 200 to 2000; 0: evaluate only)"""
@@ -85,7 +85,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     scale_rewards: Literal["group", "batch", "mean", "none"] = "group"
     """divide advantages by the group's std, the batch's, the group's mean (MaxRL), or not"""
     max_resamples: NonNegInt = 0
-    """rounds in which groups of equal scores are replaced by new prompts' (DAPO; 1 to 10)"""
+    """rounds that replace groups whose scores are all equal by new prompts (DAPO; 1 to 10)"""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo", "gmpo", "sapo"] = "grpo"
     """how tokens are clipped and averaged: see policy_loss and token_weights"""
     clip_low: NonNegFloat = 0.2
@@ -93,7 +93,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     clip_high: NonNegFloat = 0.2
     """the ratio is clipped at 1 + clip_high (dapo: 0.28; gspo: 4e-4; gmpo: 0.49; cispo: 4)"""
     kl_in_reward: bool = False
-    """subtract beta * KL of a completion from its reward instead of adding it to the loss"""
+    """subtract beta * KL (k1) of a completion from its reward; the loss then has no KL"""
     kl_estimator: Literal["k3", "k3_ratio", "k2"] = "k3"
     """KL per token in the loss: the paper's k3, k3 times the ratio (DeepSeek-V3.2), or k2"""
 
@@ -103,10 +103,12 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
             raise UserError("--group-size: a group of 1 has advantage 0: use 2 or more")
         if self.scale_rewards == "mean" and (
                 self.truncation_penalty or self.kl_in_reward or self.normalize_rewards):
-            raise UserError("--scale-rewards mean: only with rewards as they are, of 0 or 1")
+            raise UserError("--scale-rewards mean: for plain rewards of 0 or 1: no penalty, "
+                            "no KL in them, no normalization")
 
 
 # --- the algorithm
+# shapes: B completions (G per prompt) of T tokens, prompts of P tokens, a vocabulary of V
 
 def group_advantages(rewards, group_size: int, scale: str = "group"):
     """Advantage of each of B completions over its group, (B,) (DeepSeekMath, sec. 4.1.2).
@@ -266,7 +268,8 @@ def main(args: Args):
     trained = {"policy": (policy, optimizer, scheduler)}
 
     # --- setup of the algorithm
-    # one update per rollout: its forward pass gives old_logprobs, unless rewards need them
+    # with one update per rollout, step 5's forward pass gives old_logprobs, and step 3 makes
+    # none of its own, unless the rewards need them
     single_update = args.epochs * args.minibatches == 1 and not args.kl_in_reward
 
     # --- steps
@@ -288,7 +291,7 @@ def main(args: Args):
         # --- dynamic sampling (DAPO, eq. 11): replaces groups of equal scores, in a few rounds
         groups_replaced = 0
         for _ in range(args.max_resamples):
-            flat = flat_groups(scores, args.group_size)  # (prompts,)
+            flat = flat_groups(scores, args.group_size)  # (prompts,): all scores are equal
             count = all_sum(flat.sum())
             if count == 0:
                 break
@@ -300,13 +303,13 @@ def main(args: Args):
                 flat, (prompts, rollout, scores), (others, new, new_scores))
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # not the sampler's, which differ by rounding (sampler_gap)
+        run.phase("logprobs")  # the sampler's differ from these by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # without a reference, rollout_metrics sees this alias
+            ref_logprobs = old_logprobs  # the same tensor: rollout_metrics logs no KL
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
@@ -336,7 +339,7 @@ def main(args: Args):
                     with run.autocast():
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature)
-                    if updates == 0:  # nothing has changed since sampling: the ratio is 1
+                    if updates == 0:  # still the policy that sampled: the ratio is exactly 1
                         old_logprobs[rows], entropy[rows] = logprobs.detach(), new_entropy
                     loss, low, high = policy_loss(
                         logprobs, old_logprobs[rows], advantages[rows], rollout.mask[rows],
@@ -345,7 +348,7 @@ def main(args: Args):
                         loss = loss + args.beta * kl_loss(
                             logprobs, old_logprobs[rows], ref_logprobs[rows],
                             args.kl_estimator)
-                    if args.importance_cap > 0:  # the KL's term, too: same tokens
+                    if args.importance_cap > 0:  # of the KL's term, too: the same samples
                         loss = loss * importance_weights(
                             old_logprobs[rows], rollout.sampler_logprobs[rows],
                             args.importance_cap)

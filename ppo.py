@@ -56,7 +56,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
     """initial policy: folder or hub id of a causal LM"""
     reward: tuple[str, ...] = ("tiny/reward_model",)
     """one or more: folder or hub id of a reward model (one label), or file.py:function"""
-    data: str = "tiny/prompts.jsonl"
+    data: str = "tiny/prompts.jsonl"  # brings its own --eval-data and --gold
     """prompts: .jsonl, .jsonl.gz, or hub dataset owner/name[[:config]:split]"""
     steps: NonNegInt = 40
     """rollouts to train on (real models: 200 to 2000; 0: evaluate only)"""
@@ -114,6 +114,7 @@ class Args(OnPolicyArgs):  # inherits the flags that all scripts have: flags.py
 
 
 # --- the algorithm
+# shapes: B completions (G per prompt) of T tokens, prompts of P tokens, a vocabulary of V
 
 def token_rewards(scores, kl, mask, beta: float):
     """Reward of each token, (B, T): -beta * its KL, plus the score (B,) on the last token.
@@ -320,13 +321,13 @@ def main(args: Args):
         scores = reward(repeat(prompts, args.group_size), rollout.texts)  # (B,); nan: no score
 
         # 3. log-probs under the policy that sampled, and under the reference
-        run.phase("logprobs")  # not the sampler's, which differ by rounding (sampler_gap)
+        run.phase("logprobs")  # the sampler's differ from these by rounding (sampler_gap)
         micro_batches = run.micro_batches(rollout.lengths)
         with run.autocast():
             # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # without a reference, rollout_metrics sees this alias
+            ref_logprobs = old_logprobs  # the same tensor: rollout_metrics logs no KL
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,
@@ -378,7 +379,7 @@ def main(args: Args):
                         logprobs, new_entropy = completion_logprobs(
                             policy, *rollout.tokens(rows), args.temperature,
                             entropy_grad=args.entropy_bonus > 0)
-                    if updates == 0:  # nothing has changed since sampling: the ratio is 1
+                    if updates == 0:  # still the policy that sampled: the ratio is exactly 1
                         old_logprobs[rows] = logprobs.detach()
                         entropy[rows] = new_entropy.detach()
                     new_logprobs[rows] = logprobs.detach()

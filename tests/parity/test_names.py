@@ -20,7 +20,7 @@ TABLES = {table.split("\n")[0]: table.split("\n")[2:] for table in re.findall(r"
 EXPECTED = {"all trainers": ((trl.GRPOConfig, trl.RLOOConfig, trl.DPOConfig, trl.RewardConfig),
                              (grpo, ppo, reinforce, dpo, reward_model)),
             "`GRPOConfig`": ((trl.GRPOConfig,), (grpo,)),
-            "`RLOOConfig`, besides these": ((trl.RLOOConfig,), (reinforce,)),
+            "`RLOOConfig`, besides those of `GRPOConfig`": ((trl.RLOOConfig,), (reinforce,)),
             "`PPOConfig` (experimental)": ((PPOConfig,), (ppo,)),
             "`DPOConfig`, `RewardConfig`": ((trl.DPOConfig, trl.RewardConfig), (dpo, reward_model))}
 
@@ -37,7 +37,7 @@ def test_names_in_the_table_exist(title):
     some = any if "all" not in title else all
     for row in filter(None, rows):
         theirs, ours = row.strip("| ").split(" | ")
-        settings = re.findall(r"`([a-z_]+)(?:=[^`]*)?`", theirs)
+        settings = re.findall(r"`([a-z0-9_]+)(?:=[^`]*)?`", theirs)
         flags = [flag.replace("-", "_") for flag in re.findall(r"--([a-z-]+)", ours)]
         assert settings and (flags or "the same" in ours), row
         for name in set(settings) - {"margin"}:  # a column

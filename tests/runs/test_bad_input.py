@@ -113,7 +113,7 @@ CASES = [  # script, flags, the beginning of the message
     ("grpo", dict(data="@/one.jsonl"), "@/one.jsonl: 1 rows, and --eval-prompts 2 are held out"),
     ("grpo", dict(data="@/long.jsonl"), "@/long.jsonl: prompt 1, '"),
     ("grpo", dict(data="@/long.jsonl", max_prompt_tokens=2), "@/long.jsonl: no prompt has at most 2 tokens"),
-    ("grpo", dict(max_new_tokens=5000), "--max-new-tokens: the model's context is no longer"),
+    ("grpo", dict(max_new_tokens=5000), "--max-new-tokens: leaves no room for a prompt"),
     ("grpo", dict(eval_data="@/question.jsonl"), "@/question.jsonl:1: no column 'prompt'"),
     ("dpo", dict(data="tiny/prompts.jsonl"), "tiny/prompts.jsonl:1: pairs need "),
     ("dpo", dict(sample_data="@/question.jsonl"), "@/question.jsonl:1: no column 'prompt'"),
@@ -165,7 +165,7 @@ CASES = [  # script, flags, the beginning of the message
     ("dpo", dict(resume="@/run-pairs", pairs_per_step=4), "--resume @/run-pairs: --pairs-per-step stays 2"),
     ("grpo", dict(resume="@/run-renamed", steps=9), "--resume @/run-renamed: @/run-renamed/checkpoint-7 is damaged, or "
      "does not fit these flags: its folder is named 7, and it is of step 1"),
-    ("dpo", dict(max_new_tokens=192), "--max-new-tokens: the model's context is no longer"),
+    ("dpo", dict(max_new_tokens=192), "--max-new-tokens: leaves no room for a prompt"),
     ("dpo", dict(max_new_tokens=190), "@/pairs.jsonl: no prompt has at most 2 tokens: lower --max-new-tokens, or set "
      "--eval-prompts 0"),
     ("reward_model", dict(max_new_tokens=190, bias_prompts=4), "@/pairs.jsonl: no prompt has at most 2 tokens: lower "

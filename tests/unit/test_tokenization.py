@@ -110,7 +110,7 @@ def test_prompts_that_are_too_long(tokenizer, capsys):
     for room, longest, words in [
             (12, 0, f"rows: prompt 2, {str(rows[1]['prompt'])[:60]!r}, has 13 tokens"),
             (3, 5, "rows: prompt 3"), (99, 3, "rows: no prompt has at most 3 tokens"),
-            (0, 0, "--max-new-tokens: the model's context is no longer")]:
+            (0, 0, "--max-new-tokens: leaves no room for a prompt")]:
         refuses(lambda: common.encode_prompts(tokenizer, rows, "rows", room, longest), words)
 
 
