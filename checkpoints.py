@@ -53,7 +53,7 @@ def save_checkpoint(run: Run, step: int):
             part.rename(folder)
             run.unsaved = False
             others = [path for _, path in complete(run.dir) if path != folder]
-            for old in others[:len(others) + 1 - run.args.keep_checkpoints]:
+            for old in others[:max(0, len(others) + 1 - run.args.keep_checkpoints)]:
                 shutil.rmtree(old)
     except (Exception, dcp.api.CheckpointException) as error:  # each library has its own
         reason = last_line(error)
@@ -87,6 +87,8 @@ def load_checkpoint(run: Run):
         if name in before and getattr(run.args, name) != before[name]:
             raise UserError(f"{where}: --{name.replace('_', '-')} stays {before[name]}: for "
                             f"another one, start a new run with --model {folder}")
+    if step > run.steps:
+        raise UserError(f"{where}: it has made {step} steps, more than the {run.steps} of now")
     saved = read_json(folder / "resume/state.json", where)
     try:
         check_state(run, folder, saved)

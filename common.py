@@ -335,10 +335,10 @@ def hold_out(rows: list, n: int, path: str, flag: str) -> tuple[list, list]:
 
 
 def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest: int = 0,
-                   otherwise: str = "set --max-prompt-tokens"):
+                   otherwise: str = ""):
     """Rows with their `prompt_ids`, without those longer than `longest` tokens (0: keep all).
     A prompt that does not leave `room` for a completion is an error. otherwise: what a user
-    can do besides lowering --max-new-tokens."""
+    can do besides lowering --max-new-tokens, without a flag for `longest`."""
     if rows and room <= 0:
         raise UserError("--max-new-tokens: leaves no room for a prompt: lower it")
     prompts = encode(tokenizer, [render(tokenizer, row["prompt"]) for row in rows] or [""])
@@ -350,14 +350,15 @@ def encode_prompts(tokenizer, rows: list[dict], path: str, room: float, longest:
             raise UserError(
                 f"{path}: prompt {i}, {str(row['prompt'])[:60]!r}, has {len(ids)} tokens, and "
                 f"the model's context has room for {room}: lower --max-new-tokens, or "
-                f"{otherwise}")
+                + (otherwise or "set --max-prompt-tokens"))
         kept.append({**row, "prompt_ids": ids})
     if len(kept) < len(rows):
         print(f"{path}: skipped {len(rows) - len(kept)} of {len(rows)} rows: longer than "
               f"{longest} tokens")
     if rows and not kept:
-        raise UserError(f"{path}: no prompt has at most {longest} tokens: lower "
-                        f"--max-new-tokens, or {otherwise}")
+        raise UserError(f"{path}: no prompt has at most {longest} tokens: " + (
+            f"lower --max-new-tokens, or {otherwise}" if otherwise else
+            "raise --max-prompt-tokens"))
     return kept
 
 
@@ -627,7 +628,7 @@ def load_reward(name: str, device, bf16: bool = False, tokens: int = 8192):
     if callable(name) or re.search(r"\.py:\w+$", name):
         function = name if callable(name) else load_function(name)
         return lambda rows, completions: call_reward(name, function, rows, completions, device)
-    if re.search(r"\.py(:[^/]*)?$", name):
+    if re.search(r"\.py(:[^/]*)?$", name) and not Path(name).is_dir():
         raise UserError(f"{name}: name a function of that file, as in file.py:FUNCTION")
     if name.startswith("<"):  # by flags.writable
         raise UserError(f"{name}: the program that began this run had passed this function: "
@@ -718,8 +719,8 @@ def check_room(model, tokenizer, rows: list[dict], max_new_tokens: int):
     if n > context_length(model):
         raise UserError(f"{tokenizer.name_or_path}: reads {context_length(model)} tokens, and "
                         f"the longest prompt with --max-new-tokens {max_new_tokens} has {n}: "
-                        "lower it, or limit the prompts (--max-prompt-tokens; dpo.py and "
-                        "reward_model.py: --max-tokens)")
+                        "lower it, or use shorter prompts (--max-prompt-tokens; dpo.py: "
+                        "--sample-data; reward_model.py: --max-tokens or --bias-prompts 0)")
 
 
 @torch.no_grad()
@@ -732,8 +733,8 @@ def score_texts(model, tokenizer, texts: list[str], tokens: int = 8192, prompts=
     if lengths.max() > limit:
         raise UserError(f"{tokenizer.name_or_path}: a conversation of {lengths.max()} tokens "
                         f"does not fit the reward model's context of {limit}: lower "
-                        "--max-new-tokens, or limit the prompts (--max-prompt-tokens; dpo.py "
-                        "and reward_model.py: --max-tokens)")
+                        "--max-new-tokens, or use shorter prompts (--max-prompt-tokens; "
+                        "dpo.py: --sample-data; reward_model.py: --max-tokens)")
     scores = torch.zeros(len(rows), device=model.device)
     for part in micro_batches(lengths, tokens):
         scores[part.to(model.device)] = score_ids(

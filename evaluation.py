@@ -242,7 +242,8 @@ def rollout_metrics(rollout: Rollout, scores, logprobs, entropy, ref_logprobs,
     trained, scores, lengths, truncated, entropy, gap, largest, distinct, *rest = torch.tensor(
         gather_objects(columns.tolist()), dtype=torch.float64).T
     if scores.isnan().all():
-        raise UserError("--reward: it left out every completion of a step")
+        raise UserError("--reward: it left out every completion of a step: score some, "
+                        "or raise --prompts-per-step")
     flat = flat_groups(trained, group_size)
     highest = scores.view(-1, group_size).nan_to_num(-math.inf).amax(1)
     all_right = flat & ((highest - 1).abs() < 1e-4)

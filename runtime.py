@@ -514,7 +514,8 @@ class Run:
             self.lock = LOCKS[path] = LOCKS.get(path) or open(path, "w")
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--resume {self.dir}: another process is writing to this run")
+            flag = "--resume" if self.args.resume else "--run-dir"
+            raise UserError(f"{flag} {self.dir}: another process is writing to this run")
         except OSError as error:
             raise UserError(f"--run-dir: {self.dir} cannot be made: {error.strerror}")
         self._check_folder()  # once more: another process may have finished since

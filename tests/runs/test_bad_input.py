@@ -112,7 +112,7 @@ CASES = [  # script, flags, the beginning of the message
         "utf-16.jsonl", "latin-1.jsonl", "not-gzip.jsonl.gz", "cut.jsonl.gz")],
     ("grpo", dict(data="@/one.jsonl"), "@/one.jsonl: 1 rows, and --eval-prompts 2 are held out"),
     ("grpo", dict(data="@/long.jsonl"), "@/long.jsonl: prompt 1, '"),
-    ("grpo", dict(data="@/long.jsonl", max_prompt_tokens=2), "@/long.jsonl: no prompt has at most 2 tokens"),
+    ("grpo", dict(data="@/long.jsonl", max_prompt_tokens=2), "@/long.jsonl: no prompt has at most 2 tokens: raise --max-prompt-tokens"),
     ("grpo", dict(max_new_tokens=5000), "--max-new-tokens: leaves no room for a prompt"),
     ("grpo", dict(eval_data="@/question.jsonl"), "@/question.jsonl:1: no column 'prompt'"),
     ("dpo", dict(data="tiny/prompts.jsonl"), "tiny/prompts.jsonl:1: pairs need "),
@@ -162,6 +162,7 @@ CASES = [  # script, flags, the beginning of the message
        "start a new run with --model @/run/checkpoint-1") for change, flag, value in (
         (dict(prompts_per_step=6), "prompts-per-step", 3), (dict(minibatches=2), "minibatches", 1),
         (dict(epochs=2), "epochs", 1), (dict(seed=1), "seed", 0))],
+    ("grpo", dict(resume="@/run-2", steps=1), "--resume @/run-2: it has made 2 steps, more than the 1 of now"),
     ("dpo", dict(resume="@/run-pairs", pairs_per_step=4), "--resume @/run-pairs: --pairs-per-step stays 2"),
     ("grpo", dict(resume="@/run-renamed", steps=9), "--resume @/run-renamed: @/run-renamed/checkpoint-7 is damaged, or "
      "does not fit these flags: its folder is named 7, and it is of step 1"),
@@ -298,6 +299,7 @@ def make_models(at: Path):
 def make_runs(at: Path):
     flags = ONE_STEP | dict(data=str(at / "prompts.jsonl"), gold="")
     run("grpo", at / "run", **flags)
+    run("grpo", at / "run-2", **flags | dict(steps=2))
     run("ppo", at / "run-state", **flags)
     run("dpo", at / "run-pairs", **FLAGS["dpo"] | dict(data=str(at / "pairs.jsonl"), pairs_per_step=2, eval_prompts=0))
     for name in ("begun", "damaged", "torn", "renamed"):

@@ -68,7 +68,7 @@ def test_normalized_rewards_are_logged_as_they_were(name, tmp_path, file):
 
 def test_divided_by_the_mean_rewards_have_no_penalty(capsys, tmp_path):
     for flags in (dict(truncation_penalty=1), dict(kl_in_reward=True), dict(normalize_rewards=True)):
-        assert "--scale-rewards mean: only with" in fails(capsys, "grpo", scale_rewards="mean",
+        assert "--scale-rewards mean: for plain rewards" in fails(capsys, "grpo", scale_rewards="mean",
                                                           run_dir=tmp_path / "run", **flags)
 
 

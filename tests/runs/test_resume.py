@@ -165,15 +165,20 @@ def test_ctrl_c_finishes_the_step_and_a_second_one_stops_at_once(tmp_path):
     assert checkpoints(folder) == ["checkpoint-3"]  # one Ctrl-C alone: test_processes.py
 
 
-def test_two_processes_never_write_to_one_run(tmp_path, capsys):
-    run("grpo", tmp_path / "run", steps=1, eval_prompts=0)
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_processes_never_write_to_one_run(begun, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    flags = dict(resume=tmp_path / "run", steps=2) if begun else small_flags("grpo", tmp_path / "run")
+    if begun:
+        run("grpo", tmp_path / "run", steps=1, eval_prompts=0)
     code = f"import fcntl; f = open('{tmp_path}/run/lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         before = digests(tmp_path)
-        error = fails(capsys, "grpo", resume=tmp_path / "run", steps=2)
+        error = fails(capsys, "grpo", **flags)
         other.communicate(b"\n")
-    assert error == f"--resume {tmp_path}/run: another process is writing to this run" and digests(tmp_path) == before
+    flag = "--resume" if begun else "--run-dir"
+    assert error == f"{flag} {tmp_path}/run: another process is writing to this run" and digests(tmp_path) == before
 
 
 # --- disks

@@ -349,6 +349,12 @@ def test_the_checkpoint_just_written_stays_beside_one_with_a_higher_number(tmp_p
     assert "checkpoint-1" not in checkpoints(tmp_path / "run")
 
 
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_newest_checkpoints_are_kept(keep, tmp_path):
+    run("grpo", tmp_path / "run", **ONE | dict(steps=4, save_every=1, keep_checkpoints=keep))
+    assert checkpoints(tmp_path / "run") == [f"checkpoint-{step}" for step in (1, 2, 3, 4)[-keep:]]
+
+
 def test_a_full_disk_is_named(damaged, capsys, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")

@@ -1,6 +1,7 @@
 """common.py: rewards, by a user's function and by a reward model."""
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 
@@ -129,6 +130,11 @@ def test_a_reward_file_without_its_function_is_not_looked_up_on_the_hub(monkeypa
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("looked up"))
     refuses(lambda: common.load_reward("rewards.py", "cpu"), "rewards.py: name a function", "file.py:FUNCTION")
     refuses(lambda: common.load_reward("rewards.py:", "cpu"), "rewards.py:: name a function")
+
+
+def test_a_reward_model_whose_folder_is_named_like_a_file_of_python(tmp_path):
+    shutil.copytree("tiny/reward_model", tmp_path / "rm.py")
+    assert common.load_reward(str(tmp_path / "rm.py"), "cpu").model.config.num_labels == 1
 
 
 # --- reward models
