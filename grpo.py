@@ -7,8 +7,8 @@ a completion is how much better it scored than its group, so no critic is needed
                                    - beta * (exp(-d_t) - 1 + d_t) ) ]
 
     A     = (r - mean of the group's r) / std of the group's r     one per completion
-    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)          by default a rollout has one
-                                                               update: it is 1, no clipping
+    rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)          by default 1: a rollout has one
+                                                               update, and nothing is clipped
     d_t   = log(pi(y_t | x, y_<t) / pi_ref(y_t | x, y_<t))     exp(-d) - 1 + d estimates the KL
 
 Differences from the paper:
@@ -18,7 +18,7 @@ Differences from the paper:
 3. Outcome rewards only, no process rewards.
 
 Its relatives. (With one update per rollout, GSPO, GMPO and SAPO have GRPO's gradient, and
-CISPO has DAPO's. CISPO's paper does not say its clip; 1 + 4 is ScaleRL's, arXiv:2510.13786.)
+CISPO has DAPO's. CISPO's paper does not say its clip; TRL advises this one, a bound of 5.)
 
     DAPO        --loss-type dapo --clip-high 0.28 --minibatches 4 --beta 0 --max-resamples 5
                 --truncation-penalty 1 --overlong-window 16  (the paper: 4096 of 20480 tokens)
@@ -268,8 +268,7 @@ def main(args: Args):
     trained = {"policy": (policy, optimizer, scheduler)}
 
     # --- setup of the algorithm
-    # with one update per rollout, step 5's forward pass gives old_logprobs, and step 3 makes
-    # none of its own, unless the rewards need them
+    # with one update per rollout, its forward pass also gives old_logprobs: step 3 skips them
     single_update = args.epochs * args.minibatches == 1 and not args.kl_in_reward
 
     # --- steps
@@ -309,7 +308,7 @@ def main(args: Args):
             # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # the same tensor: rollout_metrics logs no KL
+            ref_logprobs = old_logprobs  # if it stays this tensor, no KL is logged
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,

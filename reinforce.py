@@ -255,7 +255,7 @@ def main(args: Args):
             # (B, T) each; with single_update zeros, until step 5's forward pass fills them in
             old_logprobs, entropy = rollout_logprobs(
                 policy, rollout, [] if single_update else micro_batches, args.temperature)
-            ref_logprobs = old_logprobs  # the same tensor: rollout_metrics logs no KL
+            ref_logprobs = old_logprobs  # if it stays this tensor, no KL is logged
             if reference is not None:
                 with reference_mode(reference):
                     ref_logprobs, _ = rollout_logprobs(reference, rollout, micro_batches,

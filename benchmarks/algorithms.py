@@ -173,6 +173,13 @@ def main(args: Args):
     for page, name, text in (("algorithms.md", "algorithms", table(rows)),
                              ("measurements.md", "default runs", by_seed(rows))):
         show_table(page, name, text)
+    last = {(row["script"], row["seed"]): row["last"] for row in rows if "seed" in row}
+    for script in ("reinforce", "ppo"):
+        ahead = [last[script, seed] - gold for (name, seed), gold in last.items() if name == "grpo"]
+        print(f"{script} minus grpo, seed by seed: {statistics.fmean(ahead):.3f}, standard error "
+              f"{statistics.stdev(ahead) / len(ahead) ** 0.5:.3f}, above 0 in {sum(x > 0 for x in ahead)} of {len(ahead)}")
+    reached = [row["last"] for row in rows if "to_gold_rows" in row]
+    print(f"of {len(reached)} runs that reach gold {GOLD}, {sum(x < GOLD for x in reached)} end below it")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Writes results/hacking.jsonl (a row for each evaluation of each run), docs/hacki
 pip install '.[plot]'
 """
 import math
+import operator
 import statistics
 import sys
 import tempfile
@@ -198,25 +199,37 @@ def draw(rows: list[dict]):
 # --- which diagnostic moves first
 
 def first_moves(rows: list[dict]) -> list[dict]:
-    """For each on-policy algorithm and beta, medians over seeds: the first of two consecutive training steps at which a
-    diagnostic was outside its range before training (mean and three standard deviations over first steps); the
-    evaluation at which gold had fallen by GOLD_FELL, and the KL there."""
+    """For each run of an on-policy algorithm: the first of two consecutive training steps at which a diagnostic was
+    outside its range before training (mean and three standard deviations over first steps); the evaluation at which
+    gold had fallen by GOLD_FELL, and the KL there."""
     found = []
     starts = [row["first"] for row in rows if row["algorithm"] == "start"]
     usual = {k: (statistics.fmean(s[k] for s in starts), statistics.stdev(s[k] for s in starts)) for k in DIAGNOSTICS}
     for algorithm in ALGORITHMS[:3]:
         for beta in BETAS:
-            moves = {k: [] for k in (*DIAGNOSTICS, "gold", "kl_then")}
             for run in curves_of(rows, algorithm, beta):
-                log = run[-1]["log"]
+                log, moves = run[-1]["log"], {"algorithm": algorithm, "beta": beta}
                 for k, (mean_at_1, spread) in usual.items():
                     out = [abs(row[k] - mean_at_1) > 3 * max(spread, 1e-3) for row in log]
-                    moves[k].append(next((row["step"] for row, a, b in zip(log, out, out[1:]) if a and b), math.inf))
+                    moves[k] = next((row["step"] for row, a, b in zip(log, out, out[1:]) if a and b), math.inf)
                 fell = next((row for row in run if row["gold"] < run[0]["gold"] - GOLD_FELL), None)
-                moves["gold"].append(fell["step"] if fell else math.inf)
-                moves["kl_then"].append(fell["kl"] if fell else math.nan)
-            found.append({"algorithm": algorithm, "beta": beta} | {k: statistics.median(v) for k, v in moves.items()})
+                found.append(moves | {"gold": fell["step"] if fell else math.inf,
+                                      "kl_then": fell["kl"] if fell else math.nan})
     return found
+
+
+def print_moves(moves: list[dict]):
+    print("the step by which a metric had moved, and gold had fallen, medians over seeds (inf: never)")
+    for algorithm in ALGORITHMS[:3]:
+        for beta in BETAS:
+            runs = [move for move in moves if (move["algorithm"], move["beta"]) == (algorithm, beta)]
+            print(f"{algorithm:9}  beta {beta:g}  " + "  ".join(
+                f"{k} {statistics.median(run[k] for run in runs):.3g}" for k in (*DIAGNOSTICS, "gold", "kl_then")))
+    for algorithm in ALGORITHMS[:3]:
+        runs = [move for move in moves if move["algorithm"] == algorithm]
+        before, same = (sum(how(run["truncated"], run["gold"]) for run in runs) for how in (operator.lt, operator.eq))
+        print(f"{algorithm}: of {len(runs)} runs, truncated moved before gold's fall in {before}, at the same step in "
+              f"{same}; entropy moved in {sum(run['entropy'] < math.inf for run in runs)}")
 
 
 def main(args: Args):
@@ -232,12 +245,12 @@ def main(args: Args):
                 ends = {k: statistics.fmean(run[-1][k] for run in runs) for k in ("gold", "proxy", "kl", *KINDS)}
                 print(f"{algorithm:9}  beta {beta:g}, at the end:  "
                       + "  ".join(f"{k} {v:.2f}" for k, v in ends.items()))
+                begins = {k: statistics.fmean(run[0][k] for run in runs) for k in ("gold", *KINDS)}
                 rises += [max(row["gold"] for row in run[1:]) - run[0]["gold"] for run in runs]
+        print(f"{algorithm:9}  at the start:  " + "  ".join(f"{k} {v:.2f}" for k, v in begins.items()))
     print(f"largest rise of gold above its start: {max(rises):.2f}; at most 0.02 in {sum(r <= 0.02 for r in rises)} of "
           f"{len(rises)} runs")
-    print("the step by which a metric had moved, and gold had fallen, medians over seeds (inf: never)")
-    for row in first_moves(rows):
-        print("  ".join(f"{k} {v:.3g}" if not isinstance(v, str) else f"{v:9}" for k, v in row.items()))
+    print_moves(first_moves(rows))
     first = [row["first"]["length_correlation"] for row in rows if row["algorithm"] == "start"]
     print(f"length_correlation at step 1, before the first update: {statistics.fmean(first):.2f}")
 
